@@ -1,0 +1,65 @@
+"""torchtitan 0.3.0 on a machine without an accelerator: each gap filled once, here.
+
+``import titan_moe`` calls ``fill_gaps`` before any torchtitan module loads. On CUDA the CPU part
+returns at its first line. Two more CPU facts live where their code is: FSDP's reduction
+(parallelize.py) and attention (models/attention.py).
+"""
+
+import os
+import platform
+import resource
+import sys
+import types
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+def fill_gaps() -> None:
+    """Fills what torchtitan 0.3.0 misses in this torch and on this device. Safe to call twice."""
+    if not hasattr(dist, "set_timeout"):
+        # distributed/utils.py, set_pg_timeouts, on any device: torch 2.14 has the public name, 2.13 the private.
+        dist.set_timeout = distributed_c10d._set_pg_timeout
+    if not torch.accelerator.is_available():
+        _become_cpu()
+
+
+def _become_cpu() -> None:
+    """Makes torchtitan see the CPU as its device."""
+    from torchtitan.tools import utils
+
+    if utils.device_type == "cpu":
+        return
+    # tools/utils.py, get_device_info: falls back to "cuda" when torch finds no accelerator.
+    stale_module, cpu_module = utils.device_module, _cpu_device_module()
+    # trainer.py, metrics.py, parallel_dims.py and others import both names by value.
+    for loaded in [module for name, module in sys.modules.items() if name.startswith("torchtitan.")]:
+        if getattr(loaded, "device_type", None) == "cuda":
+            loaded.device_type = "cpu"
+        if getattr(loaded, "device_module", None) is stale_module:
+            loaded.device_module = cpu_module
+
+
+def _cpu_device_module() -> types.ModuleType:
+    """``torch.cpu`` with what torchtitan asks of a device module."""
+    module = types.ModuleType("titan_moe.cpu_device_module")
+    module.__dict__.update({name: getattr(torch.cpu, name) for name in torch.cpu.__all__})
+    total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    module.__dict__.update(
+        # distributed/utils.py, set_pg_timeouts: barrier(device_ids=...) wants integers, torch.cpu says "cpu".
+        current_device=lambda: 0,
+        # components/metrics.py, DeviceMemoryMonitor: name, capacity and peaks.
+        get_device_name=lambda device=None: platform.processor() or platform.machine(),
+        get_device_properties=lambda device=None: types.SimpleNamespace(total_memory=total_memory),
+        memory_stats=lambda device=None: _peak_memory(),
+        reset_peak_memory_stats=lambda device=None: None,
+        empty_cache=lambda: None,
+    )
+    return module
+
+
+def _peak_memory() -> dict[str, int]:
+    """This process's peak resident bytes under CUDA's names. The kernel keeps one peak; it never resets."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}

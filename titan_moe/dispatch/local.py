@@ -1,0 +1,63 @@
+"""Dispatch without EP: every expert is on this rank, tokens are only reordered."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from titan_moe.dispatch.base import (
+    Dispatched,
+    DispatchLimits,
+    DispatchMetadata,
+    Routing,
+    TokenDispatcher,
+)
+from titan_moe.dispatch.ops import expert_order, gather_rows, weighted_sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalMetadata(DispatchMetadata):
+    """order_N and place_TK are the permutation of ``ops.expert_order``."""
+
+    topk_scores_TK: torch.Tensor
+    order_N: torch.Tensor
+    place_TK: torch.Tensor
+
+
+class LocalDispatcher(TokenDispatcher[LocalMetadata]):
+    """Sorts tokens by expert, and sums the K results of each token on the way back. R == N."""
+
+    requires_ep = False
+    needs_host_sync = False
+    bitwise_equal_to = "local"
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TokenDispatcher.Config):
+        """No keys of its own."""
+
+        def validate(self, limits: DispatchLimits) -> None:
+            """Refuses EP: this backend never leaves the rank."""
+            if limits.ep_size > 1:
+                raise ValueError(
+                    f"moe.dispatcher 'local' cannot serve parallelism.expert_parallel_degree ({limits.ep_size}) "
+                    "> 1; use 'all_to_all' or expert_parallel_degree 1"
+                )
+
+    def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits | None = None) -> None:
+        """Nothing to tie; a mesh of more than one rank is refused."""
+        if ep_mesh is not None and ep_mesh.size() > 1:
+            raise ValueError(f"the local dispatcher cannot be bound to an EP mesh of {ep_mesh.size()} ranks")
+
+    def dispatch(
+        self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
+    ) -> Dispatched[LocalMetadata]:
+        """See the contract in ``base``. No communication."""
+        order_N, place_TK = expert_order(routing.topk_expert_ids_TK)
+        metadata = LocalMetadata.extend(
+            layout, topk_scores_TK=routing.topk_scores_TK, order_N=order_N, place_TK=place_TK
+        )
+        return Dispatched(gather_rows(x_TD, order_N, place_TK), routing.num_tokens_per_expert_E, metadata)
+
+    def combine(self, y_RD: torch.Tensor, metadata: LocalMetadata) -> torch.Tensor:
+        """See the contract in ``base``. No communication."""
+        return weighted_sum(y_RD, metadata.topk_scores_TK, metadata.order_N, metadata.place_TK)

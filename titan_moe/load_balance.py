@@ -1,0 +1,97 @@
+"""Expert load: counting it, balancing it without an auxiliary loss, reporting it."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@torch.no_grad()
+def count_tokens(tokens_per_expert_E: torch.Tensor, num_tokens_per_expert_E: torch.Tensor, *, training: bool) -> None:
+    """Adds a forward's counts to the running ones: once per training forward.
+
+    Neither eval nor the recomputation of activation checkpointing counts, so the numbers are the
+    same under AC none, selective and full. Padding is never routed and so never counted.
+    """
+    if training and not _is_recomputing():
+        tokens_per_expert_E.add_(num_tokens_per_expert_E)
+
+
+def _is_recomputing() -> bool:
+    """A forward that autograd started is a recomputation: id -1 means no backward is running."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class LoadBalancer:
+    """Moves each layer's expert bias towards balance before each optimizer step (arXiv 2408.15664).
+
+    ``bias += coeff * sign(mean load - load)``, made zero-mean, from the global counts since the last
+    step. Integer sums make the result the same on every mesh.
+
+    Attributes:
+        last_load: per MoE layer of this pipeline stage: int64 ``(E,)`` global counts of the last step.
+    """
+
+    def __init__(self, model_parts: list[nn.Module], parallel_dims: Any) -> None:
+        self.layers = {fqn: moe for part in model_parts for fqn, moe in _moe_layers(part)}
+        self.groups = [parallel_dims.get_mesh("loss").get_group()] if parallel_dims.dp_cp_enabled else []
+        # With EP on, TP ranks route different tokens; with EP off, all of them count the same ones.
+        if parallel_dims.tp_enabled and parallel_dims.ep_enabled:
+            self.groups.append(parallel_dims.get_mesh("tp").get_group())
+        self.last_load: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, *_: Any) -> None:
+        """The optimizer's pre-step hook. Collective over the data and TP axes of this stage."""
+        if not self.layers:
+            return
+        counts_by_layer = [moe.tokens_per_expert_E for moe in self.layers.values()]
+        total = torch.cat(counts_by_layer)
+        for group in self.groups:
+            dist.all_reduce(total, group=group)
+        loads = total.split([counts_E.numel() for counts_E in counts_by_layer])
+        for (fqn, moe), load_E in zip(self.layers.items(), loads, strict=True):
+            self.last_load[fqn] = load_E
+            moe.tokens_per_expert_E.zero_()
+            if moe.load_balance_coeff is not None:
+                moe.expert_bias_E.add_(_bias_delta(load_E, moe.load_balance_coeff))
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """Per layer: max / mean load, coefficient of variation, experts without a token. Host sync."""
+        return {fqn: load_statistics(load_E.tolist()) for fqn, load_E in self.last_load.items()}
+
+
+def attach_load_balancer(optimizers: Any, model_parts: list[nn.Module], parallel_dims: Any) -> None:
+    """A torchtitan ModelSpec's ``post_optimizer_build_fn``: balances from now on, load in ``optimizers.load_balancer``."""
+    optimizers.load_balancer = LoadBalancer(model_parts, parallel_dims)
+    optimizers.register_step_pre_hook(optimizers.load_balancer.step)
+
+
+def load_statistics(tokens_per_expert: list[int]) -> dict[str, float]:
+    """max / mean, coefficient of variation and dead experts of one layer's load; 0 tokens give 0s."""
+    mean = sum(tokens_per_expert) / len(tokens_per_expert)
+    if mean == 0:
+        return {"max_over_mean": 0.0, "cv": 0.0, "dead_experts": len(tokens_per_expert)}
+    variance = sum((n - mean) ** 2 for n in tokens_per_expert) / len(tokens_per_expert)
+    return {
+        "max_over_mean": max(tokens_per_expert) / mean,
+        "cv": math.sqrt(variance) / mean,
+        "dead_experts": tokens_per_expert.count(0),
+    }
+
+
+def _bias_delta(load_E: torch.Tensor, coeff: float) -> torch.Tensor:
+    # sign(mean - load) without a division: exact for any count.
+    delta_E = coeff * torch.sign(load_E.sum() - load_E * load_E.numel()).float()
+    return delta_E - delta_E.mean()
+
+
+def _moe_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Every module that counts tokens, MTP blocks included, by its name without wrappers."""
+    return [
+        (fqn.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), module)
+        for fqn, module in model.named_modules()
+        if hasattr(module, "tokens_per_expert_E")
+    ]

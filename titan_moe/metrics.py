@@ -1,0 +1,108 @@
+"""What a run says about itself: one console line and one JSON object per logged step."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.components import metrics as upstream
+from torchtitan.tools.logging import logger
+
+
+class MetricsProcessor(upstream.MetricsProcessor):
+    """torchtitan's processor (TensorBoard, W&B), plus ``metrics.jsonl`` and a line a person can read."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(upstream.MetricsProcessor.Config):
+        """torchtitan 0.3.0's fields."""
+
+    def __init__(self, config: Config, *, dump_folder: str, pp_schedule: str = "1F1B", **kwargs: Any) -> None:
+        super().__init__(config, dump_folder=dump_folder, pp_schedule=pp_schedule, **kwargs)
+        rank = upstream._get_metrics_rank(parallel_dims=self.parallel_dims, pp_schedule=pp_schedule)
+        self.writes = dist.get_rank() == rank
+        self.file = Path(dump_folder) / "metrics.jsonl"
+        self.file_is_ours = False
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Called on every rank, at logged steps. Gathers the expert load of all pipeline stages."""
+        record = {
+            "step": step,
+            "loss": global_avg_loss,
+            "grad_norm": grad_norm,
+            "tokens_per_second": self._tokens_per_second(),
+            "lr": (extra_metrics or {}).get("lr"),
+            "load": self._expert_load(),
+        }
+        with _without_console():  # its own line reports MFU per device, which says nothing about MoE
+            super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+        if self.writes:
+            self._write(record)
+            logger.info(console_line(record))
+
+    def _tokens_per_second(self) -> float:
+        """Over all data-parallel ranks, which hold equally many tokens."""
+        elapsed = time.perf_counter() - self.time_last_log
+        replicas = self.parallel_dims.world_size // self.parallel_dims.non_data_parallel_size
+        return self.ntokens_since_last_log * replicas / elapsed
+
+    def _expert_load(self) -> dict[str, dict[str, float]]:
+        load = self.optimizers.load_balancer.report()
+        if not self.parallel_dims.pp_enabled:
+            return load
+        stages: list[Any] = [None] * self.parallel_dims.pp
+        dist.all_gather_object(stages, load, group=self.parallel_dims.get_mesh("pp").get_group())
+        return {fqn: stats for stage in stages for fqn, stats in stage.items()}
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if not self.file_is_ours:
+            # A resumed run continues its own record; steps it will do again, or another run's, go.
+            keep_steps_before(self.file, record["step"])
+            self.file_is_ours = True
+        with self.file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def console_line(record: dict[str, Any]) -> str:
+    """``record`` for a person: the worst layer stands for the load."""
+    line = (
+        f"step {record['step']:>5}  loss {record['loss']:8.5f}  grad_norm {record['grad_norm']:8.4f}  "
+        f"{record['tokens_per_second']:>9,.0f} tok/s"
+    )
+    if record["load"]:
+        worst, stats = max(record["load"].items(), key=lambda item: item[1]["max_over_mean"])
+        dead = sum(stats["dead_experts"] for stats in record["load"].values())
+        line += f"  load max/mean {stats['max_over_mean']:.2f} ({worst})  dead experts {dead}"
+    return line
+
+
+def keep_steps_before(file: Path, step: int) -> None:
+    """Rewrites a metrics.jsonl without the records from ``step`` on and without a torn last line."""
+    kept = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            break
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(kept))
+
+
+class _without_console:
+    """Silences the shared logger below a warning."""
+
+    def __enter__(self) -> None:
+        self.level = logger.level
+        logger.setLevel("WARNING")
+
+    def __exit__(self, *_: object) -> None:
+        logger.setLevel(self.level)

@@ -1,0 +1,47 @@
+"""Model families by name: torchtitan's own models with our MoE layer in them."""
+
+import difflib
+import importlib
+from typing import Any
+
+from torchtitan.protocols.model_spec import ModelSpec
+
+# Lazy strings: listing the families must not import them.
+MODELS: dict[str, str] = {
+    "deepseek_v3": "titan_moe.models.deepseek_v3",
+    "qwen3_moe": "titan_moe.models.qwen3_moe",
+}
+
+
+def flavors(name: str) -> list[str]:
+    """The sizes of family ``name``. Raises ValueError for an unknown family."""
+    return list(_family(name).FLAVORS)
+
+
+def build_spec(
+    name: str, flavor: str, *, dispatcher: str = "local", dispatcher_options: dict[str, Any] | None = None
+) -> ModelSpec:
+    """A torchtitan ModelSpec of ``name``/``flavor`` with our MoE layer, sharding and load balancer.
+
+    Args:
+        dispatcher: a name in ``titan_moe.dispatch.DISPATCHERS``.
+        dispatcher_options: fields of that backend's Config beyond num_experts and top_k.
+
+    Raises:
+        ValueError: unknown family, flavor or dispatcher; the message lists what there is.
+    """
+    family = _family(name)
+    if flavor not in family.FLAVORS:
+        raise ValueError(f"{flavor!r} is not a flavor of {name} (there are: {', '.join(family.FLAVORS)}){_near(flavor, family.FLAVORS)}")
+    return family.build_spec(flavor, dispatcher=dispatcher, dispatcher_options=dispatcher_options or {})
+
+
+def _family(name: str) -> Any:
+    if name not in MODELS:
+        raise ValueError(f"{name!r} is not a model (there are: {', '.join(MODELS)}){_near(name, MODELS)}")
+    return importlib.import_module(MODELS[name])
+
+
+def _near(name: str, names: Any) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

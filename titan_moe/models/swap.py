@@ -1,0 +1,76 @@
+"""Puts our MoE layer into any torchtitan 0.3.0 model config."""
+
+import dataclasses
+from typing import Any
+
+from torchtitan.models.common import moe as upstream
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
+from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools.utils import device_type
+
+from titan_moe import dispatch
+from titan_moe.load_balance import attach_load_balancer
+from titan_moe.models.attention import PackedSDPA
+from titan_moe.moe import GroupedExperts, MoE, RoutedExperts
+from titan_moe.parallelize import parallelize
+from titan_moe.router import TokenChoiceTopKRouter
+
+
+def swap_spec(spec: ModelSpec, *, dispatcher: str, dispatcher_options: dict[str, Any]) -> ModelSpec:
+    """``spec`` with our layers in its model, and our parallelize and load balancer. ``spec.model`` is changed."""
+    swap_moe(spec.model, dispatcher=dispatcher, dispatcher_options=dispatcher_options)
+    if device_type == "cpu":
+        swap_attention(spec.model)
+    return dataclasses.replace(spec, parallelize_fn=parallelize, post_optimizer_build_fn=attach_load_balancer)
+
+
+def swap_moe(model: BaseModel.Config, *, dispatcher: str, dispatcher_options: dict[str, Any] | None = None) -> int:
+    """Replaces every MoE layer in ``model``, in place, MTP blocks included. Names of parameters stay.
+
+    Experts of another kind than torchtitan's GroupedExperts (GPT-OSS) are kept: they take our call.
+
+    Returns:
+        How many layers were replaced.
+
+    Raises:
+        ValueError: a MoE layer has a forward of its own, which a swap would silently drop; or
+            ``dispatcher`` is unknown.
+    """
+    dispatcher_config = dispatch.load(dispatcher).Config
+    found = list(model.traverse(upstream.MoE.Config))
+    for fqn, config, parent, attr in found:
+        if config._owner.forward is not upstream.MoE.forward and not isinstance(config, MoE.Config):
+            raise ValueError(f"{fqn}: {config._owner.__name__} computes more than torchtitan's MoE and cannot be swapped")
+        routed = config.routed_experts
+        token_dispatcher = dispatcher_config(
+            num_experts=config.num_experts, top_k=config.router.top_k, **(dispatcher_options or {})
+        )
+        swapped = _derive(
+            MoE.Config,
+            config,
+            router=_derive(TokenChoiceTopKRouter.Config, config.router),
+            routed_experts=_derive(
+                RoutedExperts.Config,
+                routed,
+                inner_experts=_swap_experts(routed.inner_experts),
+                token_dispatcher=token_dispatcher,
+            ),
+        )
+        setattr(parent, attr, swapped)
+    return len(found)
+
+
+def swap_attention(model: BaseModel.Config) -> None:
+    """Replaces Flex and Varlen attention, in place, by one that has a backward on CPU."""
+    for _, _, parent, attr in list(model.traverse((FlexAttention.Config, VarlenAttention.Config))):
+        setattr(parent, attr, PackedSDPA.Config())
+
+
+def _swap_experts(config: upstream.GroupedExperts.Config) -> upstream.GroupedExperts.Config:
+    return _derive(GroupedExperts.Config, config) if type(config) is upstream.GroupedExperts.Config else config
+
+
+def _derive(config_class: type, config: Any, **changes: Any) -> Any:
+    """``config``'s fields as a ``config_class``, which has the same ones."""
+    return config_class(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)} | changes)

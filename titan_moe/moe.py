@@ -1,0 +1,142 @@
+"""The MoE layer: the only place where router, dispatch and experts meet.
+
+Shape suffixes, one letter one dim, on tensors only; this is the one legend, other files refer to it:
+
+    B  batch on this data-parallel rank        L  sequence
+    D  model dim                               F  expert hidden dim
+    E  experts                                 e  experts on this EP rank
+    K  experts per token (top-k)               T  tokens on this rank, B * L
+    N  routed slots, T * K                     R  rows received by the local experts
+    G  expert groups                           S  EP ranks that rows come from
+
+A capital is the logical dim even where the tensor holds a shard of it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+from torchtitan.models.common import moe as upstream
+from torchtitan.protocols.module import Module
+
+from titan_moe.border import SHARDED_TOKENS, TokenBorder
+from titan_moe.dispatch.base import DispatchMetadata, Routing
+from titan_moe.load_balance import count_tokens
+
+
+class GroupedExperts(upstream.GroupedExperts):
+    """E SwiGLU experts as three grouped matmuls: ``w2 @ (silu(w1 @ x) * (w3 @ x))``.
+
+    Computes in the dtype it is given (bf16 comes from FSDP's mixed precision). Runs for R == 0 like
+    for any other R: an expert without rows gets an exact zero gradient, never None, so that no rank
+    drops out of a reduction (NVIDIA/Megatron-LM#4851).
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(upstream.GroupedExperts.Config):
+        """torchtitan 0.3.0's fields: dim (D), hidden_dim (F), num_experts (E)."""
+
+    def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_e: torch.Tensor) -> torch.Tensor:
+        """``(R, D)`` in the order of the rows given.
+
+        Args:
+            x_RD: expert-major rows without padding, in the dtype of the weights.
+            num_tokens_per_expert_e: int64 rows per local expert, sums to R.
+        """
+        offsets_e = num_tokens_per_expert_e.cumsum(0, dtype=torch.int32)
+        gate_RF = self._grouped_mm(A=x_RD, B_t=_local(self.w1_EFD).transpose(-2, -1), offs=offsets_e)
+        up_RF = self._grouped_mm(A=x_RD, B_t=_local(self.w3_EFD).transpose(-2, -1), offs=offsets_e)
+        h_RF = F.silu(gate_RF) * up_RF
+        return self._grouped_mm(A=h_RF, B_t=_local(self.w2_EDF).transpose(-2, -1), offs=offsets_e)
+
+    def _grouped_mm(self, *, A: torch.Tensor, B_t: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        """``A[rows of e] @ B_t[e]`` for each expert e; torchtitan's seam for low-precision variants."""
+        if A.dtype == torch.float64:
+            return _float64_grouped_mm(A, B_t, offs)
+        return torch._grouped_mm(A, B_t, offs=offs)
+
+
+def _float64_grouped_mm(x_RD: torch.Tensor, w_eDF: torch.Tensor, offsets_e: torch.Tensor) -> torch.Tensor:
+    """The grouped matmul that torch lacks in fp64: e times the work, no host sync; for proofs."""
+    rows_R = torch.arange(x_RD.shape[0], device=x_RD.device)
+    expert_R1 = torch.bucketize(rows_R, offsets_e, right=True).unsqueeze(1)
+    y_RF = x_RD.new_zeros(x_RD.shape[0], w_eDF.shape[-1])
+    for expert, w_DF in enumerate(w_eDF.unbind()):
+        y_RF = torch.where(expert_R1 == expert, x_RD @ w_DF, y_RF)
+    return y_RF
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of an expert weight; its gradient has the weight's own placements."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+class RoutedExperts(Module):
+    """Dispatch, experts, combine, on local tensors."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(upstream.RoutedExperts.Config):
+        """inner_experts and token_dispatcher: ours, or experts with GroupedExperts' call."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.inner_experts = config.inner_experts.build()
+        self.token_dispatcher = config.token_dispatcher.build()
+
+    def forward(self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata) -> torch.Tensor:
+        """``(T, D)``: the weighted sum of each local token's experts, in x's dtype."""
+        x_RD, num_tokens_per_expert_e, receipt = self.token_dispatcher.dispatch(x_TD, routing, layout)
+        y_RD = self.inner_experts(x_RD, num_tokens_per_expert_e)
+        return self.token_dispatcher.combine(y_RD, receipt)
+
+
+class MoE(Module):
+    """A Mixture-of-Experts layer that takes torchtitan 0.3.0's place in any of its models.
+
+    1. enter: from DTensor to this rank's own tokens.
+    2. route: K experts and their weights per token.
+    3. count: tokens per expert, once per training forward.
+    4. routed experts: dispatch, compute, combine.
+    5. leave: back to a DTensor of the input's placements and exact global shape.
+    6. shared experts, added.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(upstream.MoE.Config):
+        """torchtitan 0.3.0's fields: num_experts, routed_experts, router, load_balance_coeff, shared_experts."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.load_balance_coeff = config.load_balance_coeff
+        self.router = config.router.build()
+        self.routed_experts = config.routed_experts.build()
+        self.shared_experts = config.shared_experts.build() if config.shared_experts is not None else None
+        self.border: TokenBorder = SHARDED_TOKENS
+        self.register_buffer("expert_bias_E", None, persistent=True)
+        self.register_buffer("tokens_per_expert_E", None, persistent=False)
+        self._init_self_buffers()
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """``(B, L, D)`` of x's dtype, kind and placements.
+
+        Args:
+            x_BLD: a plain tensor, or a DTensor on the TP mesh: ``Shard(1)`` with SP, else replicated.
+        """
+        x_TD, layout = self.border.enter(x_BLD)
+        routing = self.router(x_TD, self.expert_bias_E)
+        count_tokens(self.tokens_per_expert_E, routing.num_tokens_per_expert_E, training=self.training)
+        out_TD = self.routed_experts(x_TD, routing, layout)
+        out_BLD = self.border.leave(out_TD, layout, like=x_BLD)
+        if self.shared_experts is not None:
+            out_BLD = out_BLD + self.shared_experts(x_BLD)
+        return out_BLD
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        if buffer_device is None and self.tokens_per_expert_E is not None:
+            buffer_device = self.tokens_per_expert_E.device
+        # Counts are integers: exact at any size, and untouched by a cast of the model.
+        self.tokens_per_expert_E = torch.zeros(self.num_experts, dtype=torch.int64, device=buffer_device)
+        if self.load_balance_coeff is not None:
+            self.expert_bias_E = torch.zeros(self.num_experts, dtype=torch.float32, device=buffer_device)

@@ -1,0 +1,118 @@
+"""TokenChoiceTopKRouter: which K experts each token goes to, and with what weight.
+
+The shape legend is in ``titan_moe/moe.py``.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, Partial
+from torchtitan.models.common.linear import Linear
+from torchtitan.protocols.module import Module
+
+from titan_moe.dispatch.base import Routing
+
+
+class TokenChoiceTopKRouter(Module):
+    """Scores every expert for every token in fp32 and keeps the best K.
+
+    1. gate: ``x @ W.T`` in explicit fp32 (fp64 input stays fp64), whatever autocast says.
+    2. scores: sigmoid or softmax over the experts.
+    3. selection: top-k of scores + expert bias; the bias only selects (arXiv 2408.15664), and with
+       expert groups only the best groups take part (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    4. weights: the unbiased scores of the selected, normalised if ``route_norm``, times ``route_scale``.
+
+    Scores stay in the gate's dtype in both directions.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """Field names and meanings are torchtitan 0.3.0's."""
+
+        num_experts: int  # E
+        gate: Linear.Config
+        num_expert_groups: int | None = None  # groups of consecutive experts; divides num_experts
+        num_limited_groups: int | None = None  # groups a token may use
+        top_k: int = 1  # K
+        score_func: Literal["softmax", "sigmoid"] = "sigmoid"
+        route_norm: bool = False
+        route_scale: float = 1.0
+        _debug_force_load_balance: bool = False  # benchmarks: experts in turn, scores still live
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = config.gate.build()
+
+    def forward(self, x_TD: torch.Tensor, expert_bias_E: torch.Tensor | None = None) -> Routing:
+        """Routes local tokens; T may be 0.
+
+        Args:
+            x_TD: ``(T, D)`` plain local tensor.
+            expert_bias_E: ``(E,)`` added to the scores for selection only.
+        """
+        scores_TE = self._scores(x_TD)
+        topk_expert_ids_TK = self._select(scores_TE.detach(), expert_bias_E)
+        topk_scores_TK = scores_TE.gather(1, topk_expert_ids_TK)
+        if self.config.route_norm:
+            topk_scores_TK = topk_scores_TK / (topk_scores_TK.sum(-1, keepdim=True) + 1e-20)
+        topk_scores_TK = topk_scores_TK * self.config.route_scale
+        return Routing(topk_scores_TK, topk_expert_ids_TK, self._count(topk_expert_ids_TK))
+
+    def _scores(self, x_TD: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.to(dtype), _local_gate(self.gate.weight).to(dtype), self._gate_bias(dtype))
+            return logits_TE.sigmoid() if self.config.score_func == "sigmoid" else logits_TE.softmax(-1)
+
+    def _gate_bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        bias_E = self.gate.bias
+        return None if bias_E is None else _local_gate(bias_E).to(dtype)
+
+    @torch.no_grad()
+    def _select(self, scores_TE: torch.Tensor, expert_bias_E: torch.Tensor | None) -> torch.Tensor:
+        """``(T, K)`` int64, best first; equal scores go to the lower expert id, on every device."""
+        if self.config._debug_force_load_balance:
+            slots_N = torch.arange(scores_TE.shape[0] * self.config.top_k, device=scores_TE.device)
+            return (slots_N % self.config.num_experts).view(-1, self.config.top_k)
+        if expert_bias_E is not None:
+            scores_TE = scores_TE + expert_bias_E.to(scores_TE.dtype)
+        if self.config.num_expert_groups is not None:
+            scores_TE = self._keep_best_groups(scores_TE)
+        return _top_k(scores_TE, self.config.top_k)
+
+    def _keep_best_groups(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        """-inf for the experts outside the groups with the best sum of two."""
+        scores_TGe = scores_TE.unflatten(-1, (self.config.num_expert_groups, -1))
+        group_scores_TG = scores_TGe.topk(2, dim=-1).values.sum(-1)
+        kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
+        kept_TG.scatter_(-1, _top_k(group_scores_TG, self.config.num_limited_groups), True)
+        return scores_TGe.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+
+    def _count(self, topk_expert_ids_TK: torch.Tensor) -> torch.Tensor:
+        """``(E,)`` int64. Integer adds: the order in which they happen cannot show."""
+        ids_N = topk_expert_ids_TK.reshape(-1)
+        return ids_N.new_zeros(self.config.num_experts).scatter_add_(0, ids_N, torch.ones_like(ids_N))
+
+
+def _top_k(scores_TE: torch.Tensor, k: int) -> torch.Tensor:
+    """Ids of the k largest, best first, ties to the lower id.
+
+    A stable sort, not ``topk``: that one breaks ties as the kernel likes, so equal scores would route
+    differently with the number of rows, the device, or between forward and recomputation.
+    """
+    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def _local_gate(param: torch.Tensor) -> torch.Tensor:
+    """The whole gate parameter as a plain tensor.
+
+    Replicated over TP while each TP rank contributes only its part of the gradient: its own tokens
+    (EP on) or its own slice of the experts' hidden dim (EP off). Hence ``Partial``; declaring it
+    replicated lets TP copies drift apart (pytorch/torchtitan#2387).
+    """
+    if isinstance(param, DTensor):
+        return param.to_local(grad_placements=[Partial()] * param.device_mesh.ndim)
+    return param

@@ -1,0 +1,90 @@
+"""``python -m titan_moe.train CONFIG.toml [--section.key value ...]``, under torchrun: run_train.sh."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.distributed import ParallelDims
+from torchtitan.observability import structured_logger
+from torchtitan.tools.logging import init_logger, logger
+from torchtitan.trainer import Trainer as TorchtitanTrainer
+
+from titan_moe.config import ConfigError, load, write_resolved
+from titan_moe.metrics import MetricsProcessor
+
+
+class Trainer(TorchtitanTrainer):
+    """torchtitan's trainer for sequences of any length, with our metrics."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TorchtitanTrainer.Config):
+        """torchtitan 0.3.0's fields."""
+
+        wants_sequence_parallel: bool = False  # set by the trainer, see init_distributed
+
+        @classmethod
+        def of(cls, config: TorchtitanTrainer.Config) -> "Trainer.Config":
+            """``config`` with our metrics in the place of torchtitan's."""
+            return _as(cls, config, metrics=_as(MetricsProcessor.Config, config.metrics))
+
+        def maybe_log(self) -> None:
+            """Gives back what ``init_distributed`` took, then as torchtitan."""
+            self.parallelism.enable_sequence_parallel = self.wants_sequence_parallel
+            TorchtitanTrainer.Config.maybe_log(self)
+
+    def init_distributed(self) -> ParallelDims:
+        """As torchtitan, and allows a sequence length that TP does not divide.
+
+        torchtitan's constructor refuses one with SP right after this call, for the sake of its own
+        MoE, and calls ``config.maybe_log`` next: SP is off in between.
+        """
+        parallel_dims = super().init_distributed()
+        self.config.wants_sequence_parallel = self.config.parallelism.enable_sequence_parallel
+        self.config.parallelism.enable_sequence_parallel = False
+        return parallel_dims
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, or writes a seed checkpoint. Exit status 2 for a wrong config, before any rank talks."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        job = load(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        if rank == 0:
+            print(f"titan_moe: {error}", file=sys.stderr)
+        sys.exit(2)
+    if rank == 0:
+        write_resolved(job, Path(job.trainer.dump_folder) / "resolved.toml")
+    init_logger()
+    structured_logger.init_structured_logger(
+        source="training", output_dir=job.trainer.dump_folder, enable=job.trainer.debug.enable_structured_logging
+    )
+    run(Trainer.Config.of(job.trainer))
+    logger.info(f"metrics: {Path(job.trainer.dump_folder) / 'metrics.jsonl'}")
+
+
+def run(config: Trainer.Config) -> None:
+    """One training run from construction to the end of its process groups."""
+    trainer = Trainer(config)
+    try:
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+        else:
+            trainer.train()
+    finally:
+        trainer.close()
+    dist.destroy_process_group()
+
+
+def _as(config_class: type, config: Any, **changes: Any) -> Any:
+    """``config``'s fields as a ``config_class``, which extends its class."""
+    return config_class(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)} | changes)
+
+
+if __name__ == "__main__":
+    main()
