@@ -93,7 +93,7 @@ class TokenChoiceTopKRouter(Module):
 
     def _count(self, topk_expert_ids_TK: torch.Tensor) -> torch.Tensor:
         """``(E,)`` int64. Integer adds: the order in which they happen cannot show."""
-        ids_N = topk_expert_ids_TK.reshape(-1)
+        ids_N = topk_expert_ids_TK.flatten()
         return ids_N.new_zeros(self.config.num_experts).scatter_add_(0, ids_N, torch.ones_like(ids_N))
 
 
@@ -103,7 +103,7 @@ def _top_k(scores_TE: torch.Tensor, k: int) -> torch.Tensor:
     A stable sort, not ``topk``: that one breaks ties as the kernel likes, so equal scores would route
     differently with the number of rows, the device, or between forward and recomputation.
     """
-    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 
 def _local_gate(param: torch.Tensor) -> torch.Tensor:

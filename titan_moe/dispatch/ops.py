@@ -16,7 +16,7 @@ def expert_order(topk_expert_ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.
         order_N: int64, the slot ``t * K + k`` that sits at each sorted place.
         place_TK: int64, its inverse: the sorted place of each slot.
     """
-    order_N = torch.argsort(topk_expert_ids_TK.reshape(-1), stable=True)
+    order_N = torch.argsort(topk_expert_ids_TK.flatten(), stable=True)
     return order_N, invert(order_N).view_as(topk_expert_ids_TK)
 
 

@@ -1,0 +1,402 @@
+"""The shape of the code, checked on its syntax trees: arrows, sizes, docstrings, names, README and docs.
+
+Each check is a function from sources to problems, so that the negative controls at the end can hand it
+a source that breaks the rule.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "titan_moe"
+
+# From the top down: a module imports from the layers below its own and from its own folder, nothing else.
+# Models sit on parallelize because torchtitan's ModelSpec carries its parallelize function.
+LAYERS: tuple[set[str], ...] = (
+    {"train", "bench"},
+    {"config"},
+    {"numerics", "replay", "metrics"},
+    {"models"},
+    {"parallelize"},
+    {"sharding"},
+    {"moe"},
+    {"router", "border", "load_balance", "dispatch.<backend>"},
+    {"dispatch.ops", "dispatch.collectives"},
+    {"dispatch", "dispatch.base", "data", "device"},
+)
+NOT_BACKENDS = {"base", "ops", "collectives"}
+# What the layers alone would let through.
+NEVER = {
+    ("replay", "moe"): "replay reaches layers through the router, by key",
+    ("numerics", "moe"): "numerics works on any nn.Module",
+}
+BANNED_NAMES = {"utils.py", "common.py", "helpers.py"}
+MARKS = re.compile(
+    r"\b(TO" r"DO|FIX" r"ME|XX" r"X|raise NotImplemented" r"Error)\b"
+)  # split: not found in here
+MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 350, 60, 25
+
+Sources = dict[str, str]  # path relative to the repository -> text
+
+
+def package_sources() -> Sources:
+    """Every Python file of the package."""
+    return {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted((ROOT / PACKAGE).rglob("*.py"))
+    }
+
+
+def module_name(path: str) -> str:
+    """``titan_moe/dispatch/ops.py`` -> ``titan_moe.dispatch.ops``; a package is named by its folder."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imported_modules(path: str, text: str, modules: set[str]) -> Iterator[tuple[str, int]]:
+    """The package's modules that a file imports anywhere in it, with the line."""
+    folder = path.rsplit("/", 1)[0].split("/")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == PACKAGE:
+                    yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(folder[: len(folder) - node.level + 1]) if node.level else ""
+            source = ".".join(part for part in (base, node.module or "") if part)
+            if source.split(".")[0] == PACKAGE:
+                for alias in node.names:
+                    inner = f"{source}.{alias.name}"  # `from titan_moe import dispatch` imports a module
+                    yield (inner if inner in modules else source), node.lineno
+
+
+def layer_key(module: str) -> str:
+    """The name under which LAYERS lists a module."""
+    parts = module.split(".")[1:]
+    if parts[0] == "dispatch" and len(parts) > 1:
+        return f"dispatch.{parts[1]}" if parts[1] in NOT_BACKENDS else "dispatch.<backend>"
+    return parts[0]
+
+
+def layer(key: str) -> int | None:
+    """How far down; None for a module that LAYERS does not know."""
+    return next((depth for depth, names in enumerate(LAYERS) if key in names), None)
+
+
+def import_problems(sources: Sources) -> list[str]:
+    """Imports that point up, sideways, or where NEVER says."""
+    problems = []
+    modules = {module_name(path) for path in sources}
+    for path, text in sources.items():
+        module = module_name(path)
+        for target, line in imported_modules(path, text, modules):
+            where = f"{path}:{line}: {module} imports {target}"
+            if target == PACKAGE:
+                continue
+            if module == PACKAGE:
+                if layer_key(target) != "device":
+                    problems.append(f"{where}: `import titan_moe` loads titan_moe.device only")
+                continue
+            problems += [f"{where}: {reason}" for reason in [forbidden(module, target)] if reason]
+    return problems
+
+
+def forbidden(module: str, target: str) -> str | None:
+    """Why ``module`` must not import ``target``; None when it may."""
+    own, other = layer_key(module), layer_key(target)
+    if other == "train":
+        return "nothing imports train"
+    if (own, other) in NEVER:
+        return NEVER[own, other]
+    if own == other and own != "dispatch.<backend>":
+        return None
+    if own == other:
+        return None if module == target else "a backend never imports another"
+    depth, other_depth = layer(own), layer(other)
+    if module.endswith(".__main__"):
+        depth = 0  # a command uses what it likes; only its own package must not need it
+    if depth is None or other_depth is None:
+        return f"tests/test_layering.py: LAYERS has no place for {own if depth is None else other}"
+    return None if depth < other_depth else f"imports point downwards, and {own} is not above {other}"
+
+
+def moe_names_backend_problems(moe: str, backends: dict[str, str]) -> list[str]:
+    """Names of backends (``{name: class}``) in moe.py, as a string or an identifier."""
+    problems = []
+    for node in ast.walk(ast.parse(moe)):
+        found = ""
+        if isinstance(node, ast.Constant) and node.value in backends:
+            found = str(node.value)
+        elif isinstance(node, ast.Name | ast.Attribute | ast.alias):
+            name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", getattr(node, "name", ""))
+            found = name if name in backends.values() else ""
+        if found:
+            problems.append(f"{PACKAGE}/moe.py:{node.lineno}: names the backend {found!r}")
+    return problems
+
+
+def length(node: ast.AST, *, docstring: bool) -> int:
+    """Lines of a function from ``def`` on, its docstring counted or not."""
+    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    lines = (node.end_lineno or node.lineno) - node.lineno + 1
+    if not docstring and ast.get_docstring(node) is not None:
+        lines -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+    return lines
+
+
+def size_problems(sources: Sources) -> list[str]:
+    """Files, functions and forwards over budget."""
+    problems = []
+    for path, text in sources.items():
+        if (lines := text.count("\n")) > MAX_FILE:
+            problems.append(f"{path}: {lines} lines, budget {MAX_FILE}: look for the missing piece")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                short = node.name == "forward"
+                budget, lines = MAX_FORWARD if short else MAX_FUNCTION, length(node, docstring=not short)
+                if lines > budget:
+                    problems.append(f"{path}:{node.lineno}: {node.name} has {lines} lines, budget {budget}")
+    return problems
+
+
+def docstring_problems(sources: Sources) -> list[str]:
+    """Modules, public classes and public functions without a docstring. Methods answer to their class."""
+    problems = []
+    for path, text in sources.items():
+        tree = ast.parse(text)
+        if ast.get_docstring(tree) is None:
+            problems.append(f"{path}: no module docstring")
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                if not node.name.startswith("_") and ast.get_docstring(node) is None:
+                    problems.append(f"{path}:{node.lineno}: {node.name} has no docstring")
+    return problems
+
+
+def name_and_mark_problems(sources: Sources) -> list[str]:
+    """Files whose name says nothing, and work that was left for later."""
+    problems = [f"{path}: name it for what it holds" for path in sources if Path(path).name in BANNED_NAMES]
+    for path, text in sources.items():
+        for number, line in enumerate(text.splitlines(), start=1):
+            problems += [f"{path}:{number}: {mark}" for mark in MARKS.findall(line)]
+    return problems
+
+
+def readme_tree(readme: str) -> set[str]:
+    """The first level under ``titan_moe/`` in README's tree: ``{"moe.py", "dispatch/", ...}``."""
+    entries: dict[int, set[str]] = {}
+    lines = re.sub(r"[│├└─]", " ", readme).splitlines()
+    start = next((i for i, line in enumerate(lines) if line.strip().startswith(f"{PACKAGE}/")), len(lines))
+    for line in lines[start + 1 :]:
+        indent = len(line) - len(line.lstrip())
+        if not line.strip() or indent <= len(lines[start]) - len(lines[start].lstrip()):
+            break
+        for word in line.split():  # "data.py device.py" may share a line; prose ends the names
+            if not re.fullmatch(r"\w+(\.py|/)", word):
+                break
+            entries.setdefault(indent, set()).add(word)
+    return entries[min(entries)] if entries else set()
+
+
+def readme_problems(readme: str, real: set[str]) -> list[str]:
+    """Where README's tree and the package's first level differ."""
+    told = readme_tree(readme)
+    missing = [f"README.md: its tree lacks {PACKAGE}/{name}" for name in sorted(real - told)]
+    return missing + [f"README.md: there is no {PACKAGE}/{name}" for name in sorted(told - real)]
+
+
+def registered_dispatchers(source: str) -> dict[str, str]:
+    """``{"local": "LocalDispatcher", ...}``, read off the registry without importing torch."""
+    for node in ast.walk(ast.parse(source)):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "DISPATCHERS" for target in targets):
+            registry = ast.literal_eval(node.value)
+            return {name: place.split(":")[1] for name, place in registry.items()}
+    raise AssertionError("titan_moe/dispatch/__init__.py has no DISPATCHERS = {...} of plain strings")
+
+
+def dispatcher_docs_problems(docs: str, names: set[str]) -> list[str]:
+    """Registered dispatchers that the docs do not name in backquotes."""
+    return [f"docs: no word on the dispatcher `{name}`" for name in sorted(names) if f"`{name}`" not in docs]
+
+
+@pytest.fixture(scope="module")
+def sources() -> Sources:
+    """The package as it is."""
+    return package_sources()
+
+
+@pytest.fixture(scope="module")
+def backends(sources: Sources) -> dict[str, str]:
+    """The registry as it is."""
+    return registered_dispatchers(sources["titan_moe/dispatch/__init__.py"])
+
+
+CHECKS = [import_problems, size_problems, docstring_problems, name_and_mark_problems]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_package(check, sources):
+    assert "\n".join(check(sources)) == ""
+
+
+def test_moe_names_no_backend(sources, backends):
+    assert moe_names_backend_problems(sources["titan_moe/moe.py"], backends) == []
+
+
+def test_readme_tree_is_the_real_tree():
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("no README.md yet")
+    hidden = {"__init__.py", "__pycache__/", "py.typed"}
+    real = {path.name + "/" * path.is_dir() for path in (ROOT / PACKAGE).iterdir()} - hidden
+    assert readme_problems(readme.read_text(encoding="utf-8"), real) == []
+
+
+def test_docs_list_every_dispatcher(backends):
+    pages = [
+        page for name in ("add_a_dispatcher.md", "architecture.md") if (page := ROOT / "docs" / name).exists()
+    ]
+    if not pages:
+        pytest.skip("neither docs/add_a_dispatcher.md nor docs/architecture.md yet")
+    assert (
+        dispatcher_docs_problems("".join(page.read_text(encoding="utf-8") for page in pages), set(backends))
+        == []
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Negative controls: a source that breaks one rule, and the words that the check must find for it.
+
+DOC = '"""D."""\n'
+BROKEN_IMPORTS = {
+    "up": ("router.py", "from titan_moe.moe import MoE", "router is not above moe"),
+    "up, as a module": ("moe.py", "from titan_moe import sharding", "moe is not above sharding"),
+    "up, relative": ("moe.py", "from .models import swap", "moe is not above models"),
+    "up, plain import": ("sharding.py", "import titan_moe.parallelize", "sharding is not above parallelize"),
+    "up, inside a function": (
+        "parallelize.py",
+        "def f():\n    from titan_moe.config import load",
+        "parallelize is not above config",
+    ),
+    "sideways": ("metrics.py", "from titan_moe.replay import x", "metrics is not above replay"),
+    "backend to backend": ("dispatch/local.py", "from .all_to_all import X", "never imports another"),
+    "base to backend": (
+        "dispatch/base.py",
+        "from titan_moe.dispatch import local",
+        "not above dispatch.<backend>",
+    ),
+    "replay to moe": ("replay/slots.py", "import titan_moe.moe", "through the router"),
+    "numerics to moe": ("numerics/capture.py", "from titan_moe.moe import MoE", "any nn.Module"),
+    "numerics' command to moe": ("numerics/__main__.py", "from titan_moe.moe import MoE", "any nn.Module"),
+    "to train": ("bench/__main__.py", "from titan_moe.train import main", "nothing imports train"),
+    "to a newcomer": ("train.py", "from titan_moe.newcomer import x", "no place for newcomer"),
+    "from a newcomer": ("newcomer.py", "from titan_moe.router import x", "no place for newcomer"),
+    "heavy import titan_moe": ("__init__.py", "from titan_moe.moe import MoE", "titan_moe.device only"),
+}
+
+
+@pytest.mark.parametrize(("file", "source", "words"), BROKEN_IMPORTS.values(), ids=BROKEN_IMPORTS)
+def test_a_forbidden_import_is_found(file, source, words):
+    names = ["moe", "sharding", "models/__init__", "dispatch/all_to_all", "dispatch/local", "newcomer"]
+    tree = {f"titan_moe/{name}.py": "" for name in names} | {f"titan_moe/{file}": source}
+    (problem,) = import_problems(tree)
+    assert words in problem
+
+
+def test_the_allowed_imports_pass():
+    tree = {
+        "titan_moe/__init__.py": "from titan_moe.device import fill_gaps",
+        "titan_moe/device.py": "import torch",
+        "titan_moe/train.py": "from titan_moe.config import load\nfrom titan_moe import __version__",
+        "titan_moe/moe.py": "from titan_moe.dispatch.base import Routing\nfrom .router import R",
+        "titan_moe/dispatch/local.py": "from .base import D\nfrom titan_moe.dispatch import ops",
+        "titan_moe/dispatch/ops.py": "",
+        "titan_moe/replay/slots.py": "from titan_moe.replay.ids import f",
+        "titan_moe/numerics/__main__.py": "from titan_moe.config import load",
+    }
+    assert import_problems(tree) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["d = 'local'", "from titan_moe.dispatch.local import LocalDispatcher as L", "x = m.LocalDispatcher"],
+)
+def test_a_backend_named_in_moe_is_found(source):
+    assert "names the backend" in moe_names_backend_problems(source, {"local": "LocalDispatcher"})[0]
+
+
+BROKEN_FILES = {
+    "long file": (size_problems, "a.py", DOC + "x = 1\n" * MAX_FILE, "budget 350"),
+    "long function": (size_problems, "a.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION, "budget 60"),
+    "long method": (
+        size_problems,
+        "a.py",
+        "class A:\n def f(s):\n" + "  x = 1\n" * MAX_FUNCTION,
+        "budget 60",
+    ),
+    "long forward": (
+        size_problems,
+        "a.py",
+        "class A:\n def forward(s):\n" + "  x = 1\n" * MAX_FORWARD,
+        "budget 25",
+    ),
+    "no module docstring": (docstring_problems, "a.py", "x = 1", "no module docstring"),
+    "no class docstring": (docstring_problems, "a.py", DOC + "class A:\n    x = 1", "A has no docstring"),
+    "no function docstring": (docstring_problems, "a.py", DOC + "def f():\n    pass", "f has no docstring"),
+    "name": (name_and_mark_problems, "dispatch/utils.py", DOC, "name it for what it holds"),
+    "mark": (name_and_mark_problems, "a.py", "# TO" + "DO: later", "TO" + "DO"),
+    "stub": (name_and_mark_problems, "a.py", "raise NotImplemented" + "Error", "raise"),
+}
+
+
+@pytest.mark.parametrize(("check", "file", "source", "words"), BROKEN_FILES.values(), ids=BROKEN_FILES)
+def test_a_broken_file_is_found(check, file, source, words):
+    (problem,) = check({f"titan_moe/{file}": source})
+    assert words in problem
+
+
+def test_a_forward_is_measured_without_its_docstring():
+    source = 'class A:\n def forward(s):\n  """D.\n' + "\n" * 30 + '  """\n' + "  x = 1\n" * (MAX_FORWARD - 1)
+    assert size_problems({"titan_moe/a.py": source}) == []
+
+
+README = """
+titan_moe/
+  moe.py       the layer, see router.py
+  dispatch/    one file each
+    base.py    the contract
+  data.py device.py
+tests/
+  other.py
+"""
+
+
+@pytest.mark.parametrize(
+    ("real", "words"),
+    [
+        ({"moe.py", "dispatch/", "data.py", "device.py", "new.py"}, "lacks titan_moe/new.py"),
+        ({"moe.py", "dispatch/", "data.py"}, "no titan_moe/device.py"),
+    ],
+)
+def test_a_wrong_readme_tree_is_found(real, words):
+    (problem,) = readme_problems(README, real)
+    assert words in problem
+
+
+def test_a_readme_without_a_tree_is_found():
+    assert readme_problems("# titan_moe\n", {"moe.py"}) == ["README.md: its tree lacks titan_moe/moe.py"]
+
+
+def test_readme_tree_with_drawn_branches():
+    drawn = "titan_moe/\n├── moe.py     x\n├── dispatch/  y\n│   └── base.py\n└── data.py\ntests/\n"
+    assert readme_tree(drawn) == {"moe.py", "dispatch/", "data.py"}
+
+
+def test_an_undocumented_dispatcher_is_found():
+    assert dispatcher_docs_problems("`local` sorts.", {"local", "deepep"}) == [
+        "docs: no word on the dispatcher `deepep`"
+    ]
