@@ -29,11 +29,11 @@ IDENTICAL, DIFFERENT, OTHER_CORPUS = 0, 1, 3
 
 
 def training_digest(corpus: Corpus) -> str:
-    """Returns the sha256 of a corpus of text files: names, lengths and texts in corpus order."""
+    """Returns the sha256 of a corpus: the lengths and texts of its documents, in corpus order."""
     digest = hashlib.sha256()
-    for index, file in enumerate(corpus.files):
+    for index in range(len(corpus)):
         text = corpus.read(index).encode("utf-8")
-        digest.update(f"{file.name}\0{len(text)}\0".encode())
+        digest.update(f"{len(text)}\0".encode())
         digest.update(text)
     return digest.hexdigest()
 
@@ -143,4 +143,4 @@ def write_tokenizer(folder: Path | None = None) -> tuple[int, str]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in build_assets(corpus).items():
         (folder / name).write_bytes(content)
-    return IDENTICAL, f"wrote {VOCAB_SIZE} entries to {folder} from {len(corpus)} files of Python {here}"
+    return IDENTICAL, f"wrote {VOCAB_SIZE} entries to {folder} from {len(corpus.files)} files of Python {here}"

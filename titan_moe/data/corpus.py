@@ -22,6 +22,7 @@ from pathlib import Path
 
 _SKIPPED_DIRS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 _SKIPPED_FILES = frozenset({"sitecustomize.py", "usercustomize.py"})
+_PASSAGE_BYTES = 1024  # a source file is 20 KB on average: whole ones would fill several small batches each
 _GENERATED_PREFIXES = ("_sysconfigdata", "config-")  # written by configure: they differ between two machines
 
 
@@ -43,6 +44,35 @@ class TextFile:
     def read(self, index: int) -> str:
         """Returns the file's text; ``index`` is always 0."""
         return self.path.read_bytes().decode("utf-8", errors="replace")
+
+
+@dataclass(frozen=True, slots=True)
+class PassageFile:
+    """A text file as consecutive passages, each a document: whole lines, about ``passage_bytes`` of them."""
+
+    name: str
+    path: Path
+    size: int
+    starts: tuple[int, ...]  # byte offset of each passage, the file's size at the end
+
+    @classmethod
+    def of(cls, name: str, path: Path, passage_bytes: int) -> "PassageFile":
+        """Cuts the file at the first line end after every ``passage_bytes``."""
+        raw, starts = path.read_bytes(), [0]
+        while len(raw) - starts[-1] > passage_bytes:
+            line_end = raw.find(b"\n", starts[-1] + passage_bytes)
+            if line_end < 0 or line_end + 1 == len(raw):
+                break
+            starts.append(line_end + 1)
+        return cls(name, path, len(raw), (*starts, len(raw)))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def read(self, index: int) -> str:
+        """Returns the text of passage ``index``; bytes that are not UTF-8 become U+FFFD."""
+        raw = self.path.read_bytes()[self.starts[index] : self.starts[index + 1]]
+        return raw.decode("utf-8", errors="replace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +98,7 @@ class JsonlFile:
         return _json_text(raw, where=where, text_key=self.text_key)
 
 
-DocumentFile = TextFile | JsonlFile
+DocumentFile = TextFile | PassageFile | JsonlFile
 """One file of a corpus, holding ``len(file)`` documents."""
 
 
@@ -144,7 +174,7 @@ class Corpus:
 
 
 def stdlib_corpus() -> Corpus:
-    """Returns the standard library's ``.py`` files, one document each, sorted by relative POSIX path.
+    """Returns the standard library's ``.py`` files in passages, sorted by relative POSIX path.
 
     Left out: third-party packages, tests (distributors ship them or not) and files generated per platform.
     The text still belongs to one Python release: two releases have two corpora, and two fingerprints.
@@ -160,7 +190,7 @@ def stdlib_corpus() -> Corpus:
                 and not name.startswith(_GENERATED_PREFIXES)
             ):
                 path = Path(folder, name)
-                files.append(TextFile(path.relative_to(root).as_posix(), path, path.stat().st_size))
+                files.append(PassageFile.of(path.relative_to(root).as_posix(), path, _PASSAGE_BYTES))
     files.sort(key=lambda file: file.name)
     return Corpus(files, label=f"python-{platform.python_version()}-stdlib")
 
