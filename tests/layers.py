@@ -16,6 +16,7 @@ from tests.faults import FAULTS
 from tests.oracle import Case
 from tests.ranks import RankContext
 from titan_moe import dispatch
+from titan_moe.dispatch.base import DispatchLimits
 from titan_moe.moe import GroupedExperts, MoE, RoutedExperts
 from titan_moe.router import TokenChoiceTopKRouter
 from titan_moe.sharding import shard_moe
@@ -33,7 +34,9 @@ class Mesh:
         return f"tp{self.tp}-ep{self.ep}" + ("-sp" if self.sp and self.tp > 1 else "")
 
 
-_GLOO_DIMS: dict[tuple[int, int], ParallelDims] = {}  # in a worker: groups are dear, and live as long as it does
+_GLOO_DIMS: dict[
+    tuple[int, int], ParallelDims
+] = {}  # in a worker: groups are dear, and live as long as it does
 
 
 def parallel_dims(ctx: RankContext, mesh: Mesh) -> ParallelDims:
@@ -64,7 +67,9 @@ def build_layer(case: Case, dispatcher: str = "local") -> MoE:
     shared = None
     if "shared_w1_FD" in case.params:
         width = case.params["shared_w1_FD"].shape[0]
-        up, down = (Linear.Config(in_features=i, out_features=o, bias=False) for i, o in ((dim, width), (width, dim)))
+        up, down = (
+            Linear.Config(in_features=i, out_features=o, bias=False) for i, o in ((dim, width), (width, dim))
+        )
         shared = FeedForward.Config(w1=up, w2=down, w3=dataclasses.replace(up))
     layer = MoE.Config(
         num_experts=num_experts,
@@ -90,10 +95,14 @@ def build_layer(case: Case, dispatcher: str = "local") -> MoE:
 def oracle_names(layer: MoE) -> dict[str, tuple[torch.nn.Module, str]]:
     """Where the oracle's parameters live in the layer: module and attribute."""
     experts = layer.routed_experts.inner_experts
-    named = {"gate_ED": (layer.router.gate, "weight")} | {n: (experts, n) for n in ("w1_EFD", "w2_EDF", "w3_EFD")}
+    named = {"gate_ED": (layer.router.gate, "weight")} | {
+        n: (experts, n) for n in ("w1_EFD", "w2_EDF", "w3_EFD")
+    }
     if layer.shared_experts is not None:
         shapes = {"w1": "FD", "w2": "DF", "w3": "FD"}
-        named |= {f"shared_{n}_{dims}": (getattr(layer.shared_experts, n), "weight") for n, dims in shapes.items()}
+        named |= {
+            f"shared_{n}_{dims}": (getattr(layer.shared_experts, n), "weight") for n, dims in shapes.items()
+        }
     return named
 
 
@@ -107,7 +116,15 @@ def on_mesh(layer: MoE, dims: ParallelDims, mesh: Mesh) -> MoE:
     shard_moe(layer, ep=mesh.ep > 1, sp=mesh.sp)
     if mesh.tp > 1 or mesh.ep > 1:
         layer.parallelize(dims)
-    layer.routed_experts.token_dispatcher.bind(dims.get_optional_mesh("ep"))
+    experts = layer.config.routed_experts.inner_experts
+    limits = DispatchLimits(
+        num_experts=experts.num_experts,
+        top_k=layer.config.router.top_k,
+        dim=experts.dim,
+        ep_size=mesh.ep,
+        num_max_tokens_per_rank=64,
+    )
+    layer.routed_experts.token_dispatcher.bind(dims.get_optional_mesh("ep"), limits)
     return layer
 
 
@@ -171,7 +188,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _tokens(seen: dict[str, Any], local_TK: Tensor, dims: ParallelDims) -> Tensor:
-    """A token-shaped tensor of the local region, whole over TP: parts are put at their global places and summed."""
+    """A token-shaped tensor of the local region, whole over TP: parts at their global places, summed."""
     layout = seen["layout"]
     whole = local_TK.new_zeros(layout.local_batch_size * layout.global_seq_len, local_TK.shape[1])
     whole = whole.index_copy(0, layout.global_token_indices(), local_TK)
@@ -197,7 +214,7 @@ def _total_count(layer: MoE, dims: ParallelDims, mesh: Mesh) -> Tensor:
 
 
 def differences(results: list[dict[str, Any]], case: Case, *, rtol: float = 1e-10) -> list[str]:
-    """What `run_layer`'s results get wrong, by oracle name, largest error first; empty when all ranks are right.
+    """What `run_layer`'s results get wrong, by oracle name, largest error first; empty when all is right.
 
     A tensor is right when no element is further off than `rtol` times the tensor's largest.
     """
@@ -209,7 +226,9 @@ def differences(results: list[dict[str, Any]], case: Case, *, rtol: float = 1e-1
             if name in result["none_gradients"] or result[name].shape != tensor.shape:
                 found[name] = float("inf")
                 continue
-            error = (result[name] - tensor).abs().max() / tensor.abs().max().clamp_min(torch.finfo(tensor.dtype).tiny)
+            error = (result[name] - tensor).abs().max() / tensor.abs().max().clamp_min(
+                torch.finfo(tensor.dtype).tiny
+            )
             if not error <= rtol:
                 found[name] = max(found.get(name, 0.0), error.item())
         if not torch.equal(result["counts_E"], out.counts_E):

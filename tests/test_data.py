@@ -191,7 +191,8 @@ def test_stdlib_needs_nothing_and_reads_passages(tokenizer):
     corpus = stdlib_corpus()
     text = corpus.read(corpus.order(seed=0, epoch=0)[0])
     argparse = next(file for file in corpus.files if file.name == "argparse.py")
-    assert len(argparse) > 10 and "".join(map(argparse.read, range(len(argparse)))) == argparse.path.read_text()
+    assert len(argparse) > 10
+    assert "".join(map(argparse.read, range(len(argparse)))) == argparse.path.read_text()
     inputs, labels = next(iter(loader))
     assert inputs["input"][0].tolist() == tokenizer.encode(text, add_bos=True)[:64]
     assert text.startswith(tokenizer.decode(labels[0].tolist()))

@@ -13,7 +13,11 @@ from titan_moe.dispatch import DISPATCHERS, load
 
 RANKS, D, F, E = 4, 16, 8, 8
 
-MESHES = [Mesh(tp=tp, ep=ep, sp=sp) for tp, ep in itertools.product((1, 2, 4), repeat=2) for sp in (True, False)[: tp]]
+MESHES = [
+    Mesh(tp=tp, ep=ep, sp=sp)
+    for tp, ep in itertools.product((1, 2, 4), repeat=2)
+    for sp in (True, False)[:tp]
+]
 BATCHES, LENGTHS = (1, 2, 3), (1, 2, 5, 7, 8)
 REGIMES: dict[str, dict[str, Any]] = {
     "random": {"K": 3, "bias_scale": 0.1},
@@ -22,7 +26,13 @@ REGIMES: dict[str, dict[str, Any]] = {
     "top1": {"K": 1},
     "all_experts": {"K": E, "route_norm": True, "score_func": "softmax"},
     "equal_scores": {"K": 3, "routing": "equal_scores"},
-    "groups": {"K": 2, "num_expert_groups": 4, "num_limited_groups": 2, "route_norm": True, "route_scale": 2.5},
+    "groups": {
+        "K": 2,
+        "num_expert_groups": 4,
+        "num_limited_groups": 2,
+        "route_norm": True,
+        "route_scale": 2.5,
+    },
 }
 
 
@@ -36,7 +46,11 @@ def _case(mesh: Mesh, batch: int, length: int, regime: str, *, shared: bool = Tr
 
 def _dispatchers(mesh: Mesh) -> list[str]:
     """Those that serve the mesh."""
-    return [name for name in DISPATCHERS if mesh.ep > 1 and name != "local" or mesh.ep == 1 and not load(name).requires_ep]
+    return [
+        name
+        for name in DISPATCHERS
+        if (mesh.ep > 1 and name != "local") or (mesh.ep == 1 and not load(name).requires_ep)
+    ]
 
 
 def _check(case: Case, mesh: Mesh, dispatcher: str, mode: Mode, **kwargs: Any) -> None:
@@ -54,10 +68,13 @@ WIDE = [
 ]
 
 
-@pytest.mark.parametrize(("number", "mesh", "shape", "dispatcher"), [
-    pytest.param(number, *param.values, id=param.id) for number, param in enumerate(WIDE)
-])
-def test_layer_equals_oracle_on_simulated_ranks(number: int, mesh: Mesh, shape: tuple[int, int], dispatcher: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "mesh", "shape", "dispatcher"),
+    [pytest.param(number, *param.values, id=param.id) for number, param in enumerate(WIDE)],
+)
+def test_layer_equals_oracle_on_simulated_ranks(
+    number: int, mesh: Mesh, shape: tuple[int, int], dispatcher: str
+) -> None:
     regime = list(REGIMES)[number % len(REGIMES)]
     _check(_case(mesh, *shape, regime), mesh, dispatcher, "local_tensor")
 
@@ -65,7 +82,9 @@ def test_layer_equals_oracle_on_simulated_ranks(number: int, mesh: Mesh, shape: 
 @pytest.mark.slow
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize(("mesh", "shape", "dispatcher"), WIDE)
-def test_layer_equals_oracle_in_full(mesh: Mesh, shape: tuple[int, int], dispatcher: str, regime: str) -> None:
+def test_layer_equals_oracle_in_full(
+    mesh: Mesh, shape: tuple[int, int], dispatcher: str, regime: str
+) -> None:
     _check(_case(mesh, *shape, regime), mesh, dispatcher, "local_tensor")
 
 
@@ -87,12 +106,16 @@ GLOO = [
 @pytest.mark.parametrize(
     ("mesh", "shape", "regime", "dispatcher"),
     [
-        pytest.param(mesh, shape, regime, dispatcher, id=f"{dispatcher}-{mesh}-B{shape[0]}-L{shape[1]}-{regime}")
+        pytest.param(
+            mesh, shape, regime, dispatcher, id=f"{dispatcher}-{mesh}-B{shape[0]}-L{shape[1]}-{regime}"
+        )
         for mesh, shape, regime in GLOO
         for dispatcher in _dispatchers(mesh)
     ],
 )
-def test_layer_equals_oracle_on_real_ranks(mesh: Mesh, shape: tuple[int, int], regime: str, dispatcher: str) -> None:
+def test_layer_equals_oracle_on_real_ranks(
+    mesh: Mesh, shape: tuple[int, int], regime: str, dispatcher: str
+) -> None:
     _check(_case(mesh, *shape, regime), mesh, dispatcher, "gloo")
 
 
@@ -125,7 +148,9 @@ class TestPlantedFaults:
     def test_flat_offset_is_wrong_from_two_sequences_on(self, batch: int, mode: Mode) -> None:
         mesh = Mesh(tp=4, ep=4)
         case = _case(mesh, batch, 8, "random", shared=False)
-        found = differences(run_ranks(run_layer, RANKS, case, mesh, "all_to_all", "flat_offset", mode=mode), case)
+        found = differences(
+            run_ranks(run_layer, RANKS, case, mesh, "all_to_all", "flat_offset", mode=mode), case
+        )
         assert ("out_BLD" in found) == (batch > 1), found
 
     @pytest.mark.parametrize("length", [8, 7])
@@ -143,7 +168,8 @@ class TestPlantedFaults:
         case = _case(mesh, 1, 2, "one_rank", shared=False)
         results = run_ranks(run_expert_gradients, RANKS, case, mesh, "all_to_all", "skipped_experts")
         idle = [result for result in results if result["rows"] == 0]
-        assert idle and all(result["none_gradients"] for result in idle)
+        assert idle
+        assert all(result["none_gradients"] for result in idle)
         healthy = run_ranks(run_expert_gradients, RANKS, case, mesh, "all_to_all", None)
         assert not any(result["none_gradients"] for result in healthy)
         assert all(result["zero"] for result in healthy if result["rows"] == 0)
@@ -158,8 +184,10 @@ class TestPlantedFaults:
         assert ("x_BLD" if fault == "unreduced_tokens" else "gate_ED") in found, found
 
 
-def run_expert_gradients(ctx: Any, case: Case, mesh: Mesh, dispatcher: str, fault: str | None) -> dict[str, Any]:
-    """Each rank's own experts after a backward: rows they got, gradients that are None, and whether they are 0."""
+def run_expert_gradients(
+    ctx: Any, case: Case, mesh: Mesh, dispatcher: str, fault: str | None
+) -> dict[str, Any]:
+    """Each rank's own experts after a backward: rows they got, and gradients that are None or all 0."""
     from tests.faults import FAULTS
     from tests.layers import on_mesh, parallel_dims
 

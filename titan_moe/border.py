@@ -62,7 +62,9 @@ class TokenBorder:
         return out_BLD.redistribute(placements=like.placements)
 
 
-def _layout(local_shape: torch.Size, global_seq_len: int, sp_rank: int = 0, sp_size: int = 1) -> DispatchMetadata:
+def _layout(
+    local_shape: torch.Size, global_seq_len: int, sp_rank: int = 0, sp_size: int = 1
+) -> DispatchMetadata:
     batch_size, seq_len, dim = local_shape
     return DispatchMetadata.of(
         local_batch_size=batch_size,

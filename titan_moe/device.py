@@ -5,11 +5,13 @@ returns at its first line. Two more CPU facts live where their code is: FSDP's r
 (parallelize.py) and attention (models/attention.py).
 """
 
+import logging
 import os
 import platform
 import resource
 import sys
 import types
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,8 +23,8 @@ from torch.distributed import distributed_c10d
 def fill_gaps() -> None:
     """Fills what torchtitan 0.3.0 misses in this torch and on this device. Safe to call twice."""
     if not hasattr(dist, "set_timeout"):
-        # distributed/utils.py, set_pg_timeouts, on any device: torch 2.14 has the public name, 2.13 the private.
-        dist.set_timeout = distributed_c10d._set_pg_timeout
+        # distributed/utils.py, set_pg_timeouts, on any device: public in torch 2.14, private in 2.13.
+        setattr(dist, "set_timeout", distributed_c10d._set_pg_timeout)  # noqa: B010
     if not torch.accelerator.is_available():
         _become_cpu()
 
@@ -38,11 +40,14 @@ def _become_cpu() -> None:
     # trainer.py, metrics.py, parallel_dims.py and others import both names by value.
     for loaded in [module for name, module in sys.modules.items() if name.startswith("torchtitan.")]:
         if getattr(loaded, "device_type", None) == "cuda":
-            loaded.device_type = "cpu"
+            vars(loaded)["device_type"] = "cpu"
         if getattr(loaded, "device_module", None) is stale_module:
-            loaded.device_module = cpu_module
+            vars(loaded)["device_module"] = cpu_module
     # distributed/utils.py, clip_grad_norm_: takes the norm from here.
     torch.nn.utils.get_total_norm = _total_norm
+    # Advice for GPUs, once per rank: seeds differ per mesh here (README), and gloo is not to be tuned.
+    warnings.filterwarnings("ignore", message="DTensor random operators")
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def _cpu_device_module() -> types.ModuleType:
@@ -63,9 +68,7 @@ def _cpu_device_module() -> types.ModuleType:
     return module
 
 
-def _total_norm(
-    tensors: Iterable[torch.Tensor], norm_type: float = 2.0, *_: Any, **__: Any
-) -> torch.Tensor:
+def _total_norm(tensors: Iterable[torch.Tensor], norm_type: float = 2.0, *_: Any, **__: Any) -> torch.Tensor:
     """``torch.nn.utils.get_total_norm`` accumulating in fp64.
 
     The CPU's fp32 norm of two million elements is 3e-5 off; the error depends on how FSDP cuts the

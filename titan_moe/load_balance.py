@@ -9,7 +9,9 @@ from torch import nn
 
 
 @torch.no_grad()
-def count_tokens(tokens_per_expert_E: torch.Tensor, num_tokens_per_expert_E: torch.Tensor, *, training: bool) -> None:
+def count_tokens(
+    tokens_per_expert_E: torch.Tensor, num_tokens_per_expert_E: torch.Tensor, *, training: bool
+) -> None:
     """Adds a forward's counts to the running ones: once per training forward.
 
     Neither eval nor the recomputation of activation checkpointing counts, so the numbers are the
@@ -64,7 +66,10 @@ class LoadBalancer:
 
 
 def attach_load_balancer(optimizers: Any, model_parts: list[nn.Module], parallel_dims: Any) -> None:
-    """A torchtitan ModelSpec's ``post_optimizer_build_fn``: balances from now on, load in ``optimizers.load_balancer``."""
+    """A torchtitan ModelSpec's ``post_optimizer_build_fn``: balances from now on.
+
+    The balancer, and with it the load, is ``optimizers.load_balancer`` afterwards.
+    """
     optimizers.load_balancer = LoadBalancer(model_parts, parallel_dims)
     optimizers.register_step_pre_hook(optimizers.load_balancer.step)
 

@@ -55,7 +55,8 @@ class MetricsProcessor(upstream.MetricsProcessor):
         return self.ntokens_since_last_log * replicas / elapsed
 
     def _expert_load(self) -> dict[str, dict[str, float]]:
-        load = self.optimizers.load_balancer.report()
+        optimizers: Any = self.optimizers
+        load = optimizers.load_balancer.report()
         if not self.parallel_dims.pp_enabled:
             return load
         stages: list[Any] = [None] * self.parallel_dims.pp

@@ -104,11 +104,11 @@ class MoE(Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(upstream.MoE.Config):
-        """torchtitan 0.3.0's fields: num_experts, routed_experts, router, load_balance_coeff, shared_experts."""
+        """torchtitan 0.3.0's fields; the parts are ours."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
+        self.config = config
         self.load_balance_coeff = config.load_balance_coeff
         self.router = config.router.build()
         self.routed_experts = config.routed_experts.build()
@@ -137,6 +137,7 @@ class MoE(Module):
         if buffer_device is None and self.tokens_per_expert_E is not None:
             buffer_device = self.tokens_per_expert_E.device
         # Counts are integers: exact at any size, and untouched by a cast of the model.
-        self.tokens_per_expert_E = torch.zeros(self.num_experts, dtype=torch.int64, device=buffer_device)
+        num_experts = self.config.num_experts
+        self.tokens_per_expert_E = torch.zeros(num_experts, dtype=torch.int64, device=buffer_device)
         if self.load_balance_coeff is not None:
-            self.expert_bias_E = torch.zeros(self.num_experts, dtype=torch.float32, device=buffer_device)
+            self.expert_bias_E = torch.zeros(num_experts, dtype=torch.float32, device=buffer_device)

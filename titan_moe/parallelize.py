@@ -14,7 +14,7 @@ from torchtitan.models.deepseek_v3.mtp import MTPDecoder, apply_fsdp_to_mtp_deco
 from torchtitan.tools.utils import device_type
 
 from titan_moe.moe import MoE
-from titan_moe.sharding import shard_moe
+from titan_moe.sharding import dispatch_limits, shard_moe
 
 
 def parallelize(
@@ -34,18 +34,20 @@ def parallelize(
         parallel_dims: its meshes decide which calls do anything.
         ac_config: None switches activation checkpointing off.
     """
+    blocks: list[Any] = list(model.layers.values())
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for moe in layers:
         shard_moe(moe, ep=parallel_dims.ep_enabled, sp=parallelism.enable_sequence_parallel)
     if parallel_dims.cp_enabled:
         # torchtitan: CP wraps the attention's forward before local_map does.
         apply_cp_to_forward(
-            [block.attention.inner_attention for block in model.layers.values()], parallel_dims.get_mesh("cp")
+            [block.attention.inner_attention for block in blocks], parallel_dims.get_mesh("cp")
         )
     if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
         model.parallelize(parallel_dims)
     for moe in layers:
-        moe.routed_experts.token_dispatcher.bind(parallel_dims.get_optional_mesh("ep"))
+        limits = dispatch_limits(moe.config, training=training, parallelism=parallelism)
+        moe.routed_experts.token_dispatcher.bind(parallel_dims.get_optional_mesh("ep"), limits)
     if ac_config is not None:
         ac_config.build(dump_folder=dump_folder).apply(model)
     if compile_config.enable and "model" in compile_config.components:

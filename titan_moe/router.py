@@ -64,7 +64,9 @@ class TokenChoiceTopKRouter(Module):
     def _scores(self, x_TD: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(dtype), _local_gate(self.gate.weight).to(dtype), self._gate_bias(dtype))
+            logits_TE = F.linear(
+                x_TD.to(dtype), _local_gate(self.gate.weight).to(dtype), self._gate_bias(dtype)
+            )
             return logits_TE.sigmoid() if self.config.score_func == "sigmoid" else logits_TE.softmax(-1)
 
     def _gate_bias(self, dtype: torch.dtype) -> torch.Tensor | None:
@@ -80,21 +82,25 @@ class TokenChoiceTopKRouter(Module):
         if expert_bias_E is not None:
             scores_TE = scores_TE + expert_bias_E.to(scores_TE.dtype)
         if self.config.num_expert_groups is not None:
-            scores_TE = self._keep_best_groups(scores_TE)
+            assert self.config.num_limited_groups is not None
+            scores_TE = _keep_best_groups(
+                scores_TE, self.config.num_expert_groups, self.config.num_limited_groups
+            )
         return _top_k(scores_TE, self.config.top_k)
-
-    def _keep_best_groups(self, scores_TE: torch.Tensor) -> torch.Tensor:
-        """-inf for the experts outside the groups with the best sum of two."""
-        scores_TGe = scores_TE.unflatten(-1, (self.config.num_expert_groups, -1))
-        group_scores_TG = scores_TGe.topk(2, dim=-1).values.sum(-1)
-        kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
-        kept_TG.scatter_(-1, _top_k(group_scores_TG, self.config.num_limited_groups), True)
-        return scores_TGe.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
 
     def _count(self, topk_expert_ids_TK: torch.Tensor) -> torch.Tensor:
         """``(E,)`` int64. Integer adds: the order in which they happen cannot show."""
         ids_N = topk_expert_ids_TK.flatten()
         return ids_N.new_zeros(self.config.num_experts).scatter_add_(0, ids_N, torch.ones_like(ids_N))
+
+
+def _keep_best_groups(scores_TE: torch.Tensor, num_groups: int, num_limited_groups: int) -> torch.Tensor:
+    """-inf for the experts outside the groups with the best sum of two."""
+    scores_TGe = scores_TE.unflatten(-1, (num_groups, -1))
+    group_scores_TG = scores_TGe.topk(2, dim=-1).values.sum(-1)
+    kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
+    kept_TG.scatter_(-1, _top_k(group_scores_TG, num_limited_groups), True)
+    return scores_TGe.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
 def _top_k(scores_TE: torch.Tensor, k: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import spmd_types as spmd
 from torch import nn
+from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.distributed.parallel_dims import MeshAxisName as Axis
 from torchtitan.distributed.parallel_dims import SpmdLayout
 from torchtitan.models.common.decoder_sharding import (
@@ -19,6 +20,7 @@ from torchtitan.models.common.decoder_sharding import (
 from torchtitan.protocols.sharding import ShardingConfig
 
 from titan_moe.border import SHARDED_HIDDEN, SHARDED_TOKENS, TokenBorder
+from titan_moe.dispatch.base import DispatchLimits
 from titan_moe.moe import GroupedExperts, MoE
 
 # What the region between router and combine reads, hands back and leaves, by "EP is on".
@@ -42,7 +44,9 @@ GATE = ShardingConfig(
 
 def expert_sharding(*, ep: bool) -> ShardingConfig:
     """Placements of GroupedExperts' weights."""
-    return ShardingConfig(state_shardings=dict.fromkeys(HIDDEN_OVER_TP, EXPERTS_OVER_EP) if ep else HIDDEN_OVER_TP)
+    return ShardingConfig(
+        state_shardings=dict.fromkeys(HIDDEN_OVER_TP, EXPERTS_OVER_EP) if ep else HIDDEN_OVER_TP
+    )
 
 
 def shard_moe(moe: MoE, *, ep: bool, sp: bool) -> None:
@@ -61,8 +65,26 @@ def shard_moe(moe: MoE, *, ep: bool, sp: bool) -> None:
         _shard_shared_experts(moe.shared_experts, sp=sp)
 
 
+def dispatch_limits(
+    layer: MoE.Config, *, training: TrainingConfig, parallelism: ParallelismConfig
+) -> DispatchLimits:
+    """The sizes a dispatcher may count on for a whole run, the same on every rank."""
+    pipelined = parallelism.pipeline_parallel_degree > 1
+    sequences = parallelism.pipeline_parallel_microbatch_size if pipelined else training.local_batch_size
+    ep = parallelism.expert_parallel_degree
+    shards = parallelism.tensor_parallel_degree if BORDER[ep > 1].tokens.is_shard() else 1
+    seq_len = training.seq_len // parallelism.context_parallel_degree
+    return DispatchLimits(
+        num_experts=layer.num_experts,
+        top_k=layer.router.top_k,
+        dim=layer.routed_experts.inner_experts.dim,
+        ep_size=ep,
+        num_max_tokens_per_rank=sequences * -(-seq_len // shards),
+    )
+
+
 def _shard_shared_experts(shared: nn.Module, *, sp: bool) -> None:
-    """The dense feed-forward's placements: the shared experts are one. torchtitan fills them into a config."""
+    """The dense feed-forward's placements, which torchtitan writes into a config: shared experts are one."""
     config = SimpleNamespace(w1=SimpleNamespace(), w2=SimpleNamespace(), w3=SimpleNamespace())
     x_layout = dense_sequence_parallel_placement() if sp else dense_activation_placement(tp=spmd.I)
     set_dense_ffn_sharding(config, attn_x_layout=x_layout, enable_sp=sp)

@@ -1,14 +1,16 @@
 """``python -m titan_moe.train CONFIG.toml [--section.key value ...]``, under torchrun: run_train.sh."""
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed import ParallelDims
 from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import init_logger, logger
@@ -44,11 +46,13 @@ class Trainer(TorchtitanTrainer):
         MoE, and calls ``config.maybe_log`` next: SP is off in between.
         """
         parallel_dims = super().init_distributed()
-        self.config.wants_sequence_parallel = self.config.parallelism.enable_sequence_parallel
-        self.config.parallelism.enable_sequence_parallel = False
+        config = cast(Trainer.Config, self.config)
+        config.wants_sequence_parallel = config.parallelism.enable_sequence_parallel
+        config.parallelism.enable_sequence_parallel = False
         return parallel_dims
 
 
+@record  # torchrun then shows which rank failed and why, even when LOG_RANK hides it
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, or writes a seed checkpoint. Exit status 2 for a wrong config, before any rank talks."""
     rank = int(os.environ.get("RANK", "0"))
@@ -61,8 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rank == 0:
         write_resolved(job, Path(job.trainer.dump_folder) / "resolved.toml")
     init_logger()
+    logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     structured_logger.init_structured_logger(
-        source="training", output_dir=job.trainer.dump_folder, enable=job.trainer.debug.enable_structured_logging
+        source="training",
+        output_dir=job.trainer.dump_folder,
+        enable=job.trainer.debug.enable_structured_logging,
     )
     run(Trainer.Config.of(job.trainer))
     logger.info(f"metrics: {Path(job.trainer.dump_folder) / 'metrics.jsonl'}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import MISSING, dataclass
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, cast, get_args, get_origin
 
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.protocols.model_spec import ModelSpec
@@ -34,6 +34,16 @@ class Plan:
     trainer: Trainer.Config
     model: ModelSection
     moe: MoESection
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model, never None here."""
+        return cast(ModelSpec, self.trainer.model_spec)
+
+
+def moe_layers(spec: ModelSpec) -> list[tuple[str, MoE.Config]]:
+    """(name, config) of every MoE layer of a model."""
+    return [(fqn, cast(MoE.Config, config)) for fqn, config, _, _ in spec.model.traverse(MoE.Config)]
 
 
 def build(settings: Settings) -> Plan:
@@ -85,7 +95,7 @@ class _Builder:
             self._fail("model", f"{model.name}/{model.flavor} with dispatcher {moe.dispatcher!r}: {error}")
         if moe.load_balance_coeff is not None:
             coeff = None if moe.load_balance_coeff == "none" else moe.load_balance_coeff
-            for _, layer, _, _ in spec.model.traverse(MoE.Config):
+            for _, layer in moe_layers(spec):
                 layer.load_balance_coeff = coeff
         return spec
 
@@ -132,7 +142,8 @@ class _Builder:
         choice = CHOICES[path]
         given = table.get(choice.key)
         if given is not None:
-            return self._value(f"{path}.{choice.key}", given, Literal[tuple(choice.options)])
+            one_of: Any = Literal
+            return self._value(f"{path}.{choice.key}", given, one_of[tuple(choice.options)])
         ours = OUR_DEFAULTS.get(f"{path}.{choice.key}")
         return ours.value(self.settings.config_file) if ours else choice.name_of(keys_of(Root)[path].default)
 
@@ -173,7 +184,7 @@ class _Builder:
                 coerce(value, hint)
             except Mismatch as error:
                 self._fail(path, f"needs a value: {error}", leaf)
-        element = (get_args(hint) or (None,))[0]
+        element: Any = (get_args(hint) or (None,))[0]
         try:
             if get_origin(hint) is list and dataclasses.is_dataclass(element):
                 return self._list_of_tables(path, value, element, leaf)

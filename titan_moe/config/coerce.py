@@ -146,7 +146,7 @@ def _container(value: Any, container: type, args: tuple[Any, ...], hint: Any) ->
         raise Mismatch(describe(hint))
     if not args:
         return container(value)
-    if container is dict:
+    if isinstance(value, dict):
         return {key: coerce(item, args[1]) for key, item in value.items()}
     if container is tuple and Ellipsis not in args:
         if len(value) != len(args):

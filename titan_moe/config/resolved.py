@@ -6,10 +6,9 @@ from typing import Any
 
 from torchtitan.trainer import Trainer
 
-from titan_moe.config.build import Plan
+from titan_moe.config.build import Plan, moe_layers
 from titan_moe.config.sections import CHOICES, OptimizerSection, keys_of
 from titan_moe.dispatch.base import TokenDispatcher
-from titan_moe.moe import MoE
 
 
 def resolve(plan: Plan) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def resolve(plan: Plan) -> dict[str, Any]:
 
 def _moe(plan: Plan) -> dict[str, Any]:
     table = {"dispatcher": plan.moe.dispatcher}
-    for _, layer, _, _ in plan.trainer.model_spec.model.traverse(MoE.Config):
+    for _, layer in moe_layers(plan.spec):
         table["load_balance_coeff"] = _value("", layer.load_balance_coeff)
         backend = _value("", layer.routed_experts.token_dispatcher)
         own = {key: value for key, value in backend.items() if key not in keys_of(TokenDispatcher.Config)}

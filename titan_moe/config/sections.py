@@ -125,7 +125,7 @@ OUR_DEFAULTS: dict[str, OurDefault] = {
 # Inherited fields that the class refuses to see set.
 _HIDDEN: dict[type, frozenset[str]] = {TextDataLoader.Config: frozenset({"dataset", "dataset_path"})}
 
-_ADAMW = default_adamw().param_groups[0]
+_ADAMW: Any = default_adamw().param_groups[0]
 
 
 @dataclass(kw_only=True)
@@ -156,11 +156,11 @@ class OptimizerSection(OptimizersContainer.Config):
     @classmethod
     def of(cls, config: OptimizersContainer.Config) -> "OptimizerSection":
         """The section that stands for ``config``; the one-group form wherever it can."""
-        rest = {key: getattr(config, key) for key in _field_names(config)}
+        rest: dict[str, Any] = {key: getattr(config, key) for key in _field_names(config)}
         (group, *others) = config.param_groups
-        short = {"name": group.optimizer_name, **group.optimizer_kwargs}
+        short: dict[str, Any] = {"name": group.optimizer_name, **_tuples(group.optimizer_kwargs)}
         if not others and group.pattern == _ADAMW.pattern and short.keys() == set(cls.short_keys()):
-            return cls(**rest | {"param_groups": []}, **short | {"betas": tuple(short["betas"])})
+            rest |= {"param_groups": [], **short}
         return cls(**rest)
 
 
@@ -184,6 +184,7 @@ class MoESection:
 class Root(Trainer.Config):
     """The whole file: every field of torchtitan's Trainer.Config, and our sections."""
 
+    # pyrefly: ignore[bad-override-mutable-attribute]
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     model: ModelSection
     moe: MoESection = field(default_factory=MoESection)
@@ -202,7 +203,7 @@ def keys_of(cls: type) -> dict[str, Key]:
     hints = get_type_hints(cls, include_extras=True)
     with silent():
         return {
-            f.name: Key(hint=hints[f.name], default=f.default_factory() if _is_made(f) else f.default)
+            f.name: Key(hint=hints[f.name], default=_default(f))
             for f in dataclasses.fields(cls)
             if f.init
             and not f.name.startswith("_")
@@ -232,8 +233,8 @@ def _tuples(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()}
 
 
-def _is_made(f: dataclasses.Field) -> bool:
-    return f.default_factory is not dataclasses.MISSING
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def _python_only(hint: Any) -> bool:

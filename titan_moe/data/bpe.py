@@ -143,4 +143,5 @@ def write_tokenizer(folder: Path | None = None) -> tuple[int, str]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in build_assets(corpus).items():
         (folder / name).write_bytes(content)
-    return IDENTICAL, f"wrote {VOCAB_SIZE} entries to {folder} from {len(corpus.files)} files of Python {here}"
+    files = len(corpus.files)
+    return IDENTICAL, f"wrote {VOCAB_SIZE} entries to {folder} from {files} files of Python {here}"

@@ -56,7 +56,7 @@ class AllToAllDispatcher(TokenDispatcher[AllToAllMetadata]):
         super().__init__(config)
         self.ep_mesh: DeviceMesh | None = None
 
-    def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits | None = None) -> None:
+    def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits) -> None:
         """Keeps the mesh whose ranks share the experts, rank r owning ids ``[r * e, (r + 1) * e)``."""
         self.ep_mesh = ep_mesh
 

@@ -35,7 +35,9 @@ class DispatchMetadata:
         if any(isinstance(value, torch.SymInt) for value in (self.sp_rank, self.local_seq_len)):
             return  # traced or simulated ranks: a comparison would ask for one answer for all of them
         if not 0 <= self.sp_rank < self.sp_size:
-            raise ValueError(f"sp_rank ({self.sp_rank}) must be in [0, sp_size) with sp_size ({self.sp_size})")
+            raise ValueError(
+                f"sp_rank ({self.sp_rank}) must be in [0, sp_size) with sp_size ({self.sp_size})"
+            )
         padded = -(-self.global_seq_len // self.sp_size)
         if self.local_seq_len_after_padding != padded:
             raise ValueError(
@@ -177,7 +179,7 @@ class TokenDispatcher(Configurable, ABC, Generic[M]):
         self.num_experts = config.num_experts
         self.top_k = config.top_k
 
-    def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits | None = None) -> None:
+    def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits) -> None:
         """Ties the dispatcher to its EP mesh (None: EP is off). Called once, before the first step."""
 
     @abstractmethod

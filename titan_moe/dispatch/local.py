@@ -39,11 +39,11 @@ class LocalDispatcher(TokenDispatcher[LocalMetadata]):
             """Refuses EP: this backend never leaves the rank."""
             if limits.ep_size > 1:
                 raise ValueError(
-                    f"moe.dispatcher 'local' cannot serve parallelism.expert_parallel_degree ({limits.ep_size}) "
-                    "> 1; use 'all_to_all' or expert_parallel_degree 1"
+                    "moe.dispatcher 'local' cannot serve parallelism.expert_parallel_degree "
+                    f"({limits.ep_size}) > 1; use 'all_to_all' or expert_parallel_degree 1"
                 )
 
-    def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits | None = None) -> None:
+    def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits) -> None:
         """Nothing to tie; a mesh of more than one rank is refused."""
         if ep_mesh is not None and ep_mesh.size() > 1:
             raise ValueError(f"the local dispatcher cannot be bound to an EP mesh of {ep_mesh.size()} ranks")

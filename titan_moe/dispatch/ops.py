@@ -39,7 +39,9 @@ def rank_to_expert_major(num_tokens_Se: torch.Tensor, num_rows: int) -> tuple[to
     """
     num_experts = num_tokens_Se.shape[1]
     expert_of_segment = torch.arange(num_experts, device=num_tokens_Se.device).expand_as(num_tokens_Se)
-    expert_R = expert_of_segment.reshape(-1).repeat_interleave(num_tokens_Se.reshape(-1), output_size=num_rows)
+    expert_R = expert_of_segment.reshape(-1).repeat_interleave(
+        num_tokens_Se.reshape(-1), output_size=num_rows
+    )
     order_R = torch.argsort(expert_R, stable=True)
     return order_R, invert(order_R)
 
@@ -52,7 +54,9 @@ def gather_rows(x_TD: torch.Tensor, order_N: torch.Tensor, place_TK: torch.Tenso
     return _GatherRows.apply(x_TD, order_N, place_TK)
 
 
-def weighted_sum(y_ND: torch.Tensor, scores_TK: torch.Tensor, order_N: torch.Tensor, place_TK: torch.Tensor) -> torch.Tensor:
+def weighted_sum(
+    y_ND: torch.Tensor, scores_TK: torch.Tensor, order_N: torch.Tensor, place_TK: torch.Tensor
+) -> torch.Tensor:
     """``(T, D)``: ``sum_k scores[t, k] * y[place[t, k]]`` in slot order, rounded once to y's dtype.
 
     Backward gives the rows' gradient as a gather and the scores' as a row dot product, both computed
@@ -73,7 +77,8 @@ class _GatherRows(torch.autograd.Function):
         return x_TD.index_select(0, order_N if top_k == 1 else order_N // top_k)
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_ND,) = grads
         (place_TK,) = ctx.saved_tensors
         grad_TD = grad_ND.index_select(0, place_TK[:, 0])
         if place_TK.shape[1] > 1:
@@ -97,7 +102,8 @@ class _WeightedSum(torch.autograd.Function):
         return sum_TD.to(y_ND.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        (grad_TD,) = grads
         y_ND, scores_TK, order_N, place_TK = ctx.saved_tensors
         top_k = place_TK.shape[1]
         acc = _accumulation_dtype(y_ND.dtype)

@@ -32,7 +32,9 @@ def build_spec(
     """
     family = _family(name)
     if flavor not in family.FLAVORS:
-        raise ValueError(f"{flavor!r} is not a flavor of {name} (there are: {', '.join(family.FLAVORS)}){_near(flavor, family.FLAVORS)}")
+        there = ", ".join(family.FLAVORS)
+        near = _near(flavor, family.FLAVORS)
+        raise ValueError(f"{flavor!r} is not a flavor of {name} (there are: {there}){near}")
     return family.build_spec(flavor, dispatcher=dispatcher, dispatcher_options=dispatcher_options or {})
 
 

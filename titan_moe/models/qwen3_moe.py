@@ -13,4 +13,6 @@ FLAVORS = {"debugmodel": "debugmodel_moe", "30B-A3B": "30B-A3B", "235B-A22B": "2
 
 def build_spec(flavor: str, *, dispatcher: str, dispatcher_options: dict[str, Any]) -> ModelSpec:
     """torchtitan's spec of this flavor, swapped."""
-    return swap_spec(model_registry(FLAVORS[flavor]), dispatcher=dispatcher, dispatcher_options=dispatcher_options)
+    return swap_spec(
+        model_registry(FLAVORS[flavor]), dispatcher=dispatcher, dispatcher_options=dispatcher_options
+    )

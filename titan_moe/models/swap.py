@@ -18,14 +18,16 @@ from titan_moe.router import TokenChoiceTopKRouter
 
 
 def swap_spec(spec: ModelSpec, *, dispatcher: str, dispatcher_options: dict[str, Any]) -> ModelSpec:
-    """``spec`` with our layers in its model, and our parallelize and load balancer. ``spec.model`` is changed."""
+    """``spec`` with our layers, parallelize and load balancer; ``spec.model`` is changed in place."""
     swap_moe(spec.model, dispatcher=dispatcher, dispatcher_options=dispatcher_options)
     if device_type == "cpu":
         swap_attention(spec.model)
     return dataclasses.replace(spec, parallelize_fn=parallelize, post_optimizer_build_fn=attach_load_balancer)
 
 
-def swap_moe(model: BaseModel.Config, *, dispatcher: str, dispatcher_options: dict[str, Any] | None = None) -> int:
+def swap_moe(
+    model: BaseModel.Config, *, dispatcher: str, dispatcher_options: dict[str, Any] | None = None
+) -> int:
     """Replaces every MoE layer in ``model``, in place, MTP blocks included. Names of parameters stay.
 
     Experts of another kind than torchtitan's GroupedExperts (GPT-OSS) are kept: they take our call.
@@ -38,10 +40,12 @@ def swap_moe(model: BaseModel.Config, *, dispatcher: str, dispatcher_options: di
             ``dispatcher`` is unknown.
     """
     dispatcher_config = dispatch.load(dispatcher).Config
-    found = list(model.traverse(upstream.MoE.Config))
+    found: list[Any] = list(model.traverse(upstream.MoE.Config))
     for fqn, config, parent, attr in found:
         if config._owner.forward is not upstream.MoE.forward and not isinstance(config, MoE.Config):
-            raise ValueError(f"{fqn}: {config._owner.__name__} computes more than torchtitan's MoE and cannot be swapped")
+            raise ValueError(
+                f"{fqn}: {config._owner.__name__} computes more than torchtitan's MoE and cannot be swapped"
+            )
         routed = config.routed_experts
         token_dispatcher = dispatcher_config(
             num_experts=config.num_experts, top_k=config.router.top_k, **(dispatcher_options or {})
@@ -63,12 +67,16 @@ def swap_moe(model: BaseModel.Config, *, dispatcher: str, dispatcher_options: di
 
 def swap_attention(model: BaseModel.Config) -> None:
     """Replaces Flex and Varlen attention, in place, by one that has a backward on CPU."""
-    for _, _, parent, attr in list(model.traverse((FlexAttention.Config, VarlenAttention.Config))):
-        setattr(parent, attr, PackedSDPA.Config())
+    for kind in (FlexAttention.Config, VarlenAttention.Config):
+        found: list[Any] = list(model.traverse(kind))
+        for _, _, parent, attr in found:
+            setattr(parent, attr, PackedSDPA.Config())
 
 
 def _swap_experts(config: upstream.GroupedExperts.Config) -> upstream.GroupedExperts.Config:
-    return _derive(GroupedExperts.Config, config) if type(config) is upstream.GroupedExperts.Config else config
+    return (
+        _derive(GroupedExperts.Config, config) if type(config) is upstream.GroupedExperts.Config else config
+    )
 
 
 def _derive(config_class: type, config: Any, **changes: Any) -> Any:

@@ -1,10 +1,12 @@
 """Rules about one MoE layer: router, dispatcher, grouped matmul."""
 
+from typing import cast
+
 from torchtitan.config import TORCH_DTYPE_MAP
 
 from titan_moe.config.rules.facts import Broken, Facts, divisors
-from titan_moe.dispatch.base import DispatchLimits
-from titan_moe.moe import MoE
+from titan_moe.dispatch.base import TokenDispatcher
+from titan_moe.sharding import dispatch_limits
 
 
 def top_k_fits(facts: Facts) -> None:
@@ -61,24 +63,12 @@ def dispatcher_serves_the_mesh(facts: Facts) -> None:
             "raise it, or use 'local'"
         )
     for _, layer in facts.moe_layers:
+        config = cast(TokenDispatcher.Config, layer.routed_experts.token_dispatcher)
         try:
-            layer.routed_experts.token_dispatcher.validate(_limits(facts, layer))
+            config.validate(dispatch_limits(layer, training=facts.training, parallelism=facts.parallelism))
         except ValueError as error:
             who = "" if "moe.dispatcher" in str(error) else f"moe.dispatcher {name!r}: "
             raise Broken(f"{who}{error}") from None
-
-
-def _limits(facts: Facts, layer: MoE.Config) -> DispatchLimits:
-    seq_len = facts.training.seq_len // facts.cp
-    if facts.ep > 1:  # each TP rank then dispatches its own shard of the sequence
-        seq_len = -(-seq_len // facts.tp)
-    return DispatchLimits(
-        num_experts=layer.num_experts,
-        top_k=layer.router.top_k,
-        dim=layer.routed_experts.inner_experts.dim,
-        ep_size=facts.ep,
-        num_max_tokens_per_rank=facts.microbatch * seq_len,
-    )
 
 
 def grouped_matmul_is_aligned(facts: Facts) -> None:

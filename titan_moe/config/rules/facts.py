@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torchtitan.config import ParallelismConfig, TrainingConfig
-from torchtitan.protocols.model import BaseModel
+from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from titan_moe import dispatch
-from titan_moe.config.build import Plan
+from titan_moe.config.build import Plan, moe_layers
+from titan_moe.dispatch.base import TokenDispatcher
 from titan_moe.moe import MoE
 
 
@@ -41,9 +42,9 @@ class Facts:
         return self.trainer.training
 
     @property
-    def model(self) -> BaseModel.Config:
+    def model(self) -> Decoder.Config:
         """The chosen flavor's architecture."""
-        return self.trainer.model_spec.model
+        return cast(Decoder.Config, self.plan.spec.model)
 
     @property
     def flavor(self) -> str:
@@ -53,10 +54,10 @@ class Facts:
     @cached_property
     def moe_layers(self) -> list[tuple[str, MoE.Config]]:
         """(name, config) of every MoE layer."""
-        return [(fqn, config) for fqn, config, _, _ in self.model.traverse(MoE.Config)]
+        return moe_layers(self.plan.spec)
 
     @cached_property
-    def dispatcher(self) -> type:
+    def dispatcher(self) -> type[TokenDispatcher]:
         """The chosen backend's class."""
         return dispatch.load(self.plan.moe.dispatcher)
 

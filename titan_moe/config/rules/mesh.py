@@ -1,8 +1,11 @@
 """Rules about ranks: degrees, batches, sequences, pipeline stages, and what FSDP can split."""
 
+import inspect
 import math
 import os
+from typing import Any
 
+import torch
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 
@@ -87,7 +90,7 @@ def batch_divides(facts: Facts) -> None:
 
 def heads_divide_over_tp(facts: Facts) -> None:
     """Attention heads are split over TP."""
-    attention = facts.model.first_attention
+    attention: Any = facts.model.first_attention
     for name in ("n_heads", "n_kv_heads"):
         heads = getattr(attention, name, None)
         if heads and heads % facts.tp:
@@ -127,7 +130,7 @@ def context_parallel_has_attention(facts: Facts) -> None:
         )
     if facts.cp == 1:
         return
-    attention = facts.model.first_attention.inner_attention
+    attention = getattr(facts.model.first_attention, "inner_attention", None)
     if isinstance(attention, VarlenAttention.Config):
         raise Broken(
             f"{facts.show('parallelism.context_parallel_degree')} needs FlexAttention or plain SDPA, and on "
@@ -144,7 +147,7 @@ def pipeline_has_stages(facts: Facts) -> None:
     """The schedule exists, and the layers fill its stages."""
     if facts.pp == 1:
         return
-    if facts.trainer.model_spec.pipelining_fn is None or facts.model.enable_weight_tying:
+    if facts.plan.spec.pipelining_fn is None or facts.model.enable_weight_tying:
         why = "ties its embedding to its head" if facts.model.enable_weight_tying else "has no pipeline split"
         raise Broken(f"{facts.show('parallelism.pipeline_parallel_degree')}: {facts.flavor} {why}; use 1")
     csv = facts.parallelism.pipeline_parallel_schedule_csv
@@ -181,6 +184,20 @@ def _stages_fit(facts: Facts, *, single: bool) -> None:
         )
 
 
+def pipeline_takes_microbatches(facts: Facts) -> None:
+    """torchtitan 0.3.0 hands its schedule lists of microbatches; torch 2.13's takes one whole batch."""
+    if facts.pp > 1 and not schedule_takes_microbatches():
+        raise Broken(
+            f"{facts.show('parallelism.pipeline_parallel_degree')}: torchtitan 0.3.0 calls step(arg_mbs=...) "
+            f"of a pipeline schedule, which torch {torch.__version__} does not have; use 1, or a newer torch"
+        )
+
+
+def schedule_takes_microbatches() -> bool:
+    """Whether this torch's pipeline schedules are the ones that torchtitan 0.3.0 was written for."""
+    return "arg_mbs" in inspect.signature(PipelineScheduleSingle.step).parameters
+
+
 def fsdp_splits_experts_evenly(facts: Facts) -> None:
     """With more FSDP ranks than experts torchtitan splits experts on their second dim, FSDP2 only evenly."""
     if facts.ep > 1:
@@ -211,5 +228,6 @@ RULES = (
     sequence_divides_over_cp,
     context_parallel_has_attention,
     pipeline_has_stages,
+    pipeline_takes_microbatches,
     fsdp_splits_experts_evenly,
 )

@@ -107,7 +107,7 @@ def offload_has_a_device(facts: Facts) -> None:
         return
     if facts.training.enable_cpu_offload:
         raise Broken("training.enable_cpu_offload (true) needs a GPU to offload from; remove the key")
-    if facts.trainer.checkpoint.async_mode == "async_with_pinned_mem":
+    if facts.value("checkpoint.async_mode") == "async_with_pinned_mem":
         raise Broken(f"{facts.show('checkpoint.async_mode')} needs a GPU; use 'async'")
 
 
@@ -198,7 +198,7 @@ def checkpoint_is_consistent(facts: Facts) -> None:
     if path and not filesystem.is_remote(path) and not os.path.isdir(path):
         raise Broken(f"{facts.show('checkpoint.initial_load_path')}: no such folder")
     for key in ("initial_load_in_hf", "last_save_in_hf"):
-        if getattr(checkpoint, key) and facts.trainer.model_spec.state_dict_adapter is None:
+        if getattr(checkpoint, key) and facts.plan.spec.state_dict_adapter is None:
             raise Broken(
                 f"checkpoint.{key} (true): {facts.flavor} has no Hugging Face adapter; remove the key"
             )
