@@ -46,7 +46,7 @@ def _become_cpu() -> None:
     # distributed/utils.py, clip_grad_norm_: takes the norm from here.
     torch.nn.utils.get_total_norm = _total_norm
     # Advice for GPUs, once per rank: seeds differ per mesh here (README), and gloo is not to be tuned.
-    warnings.filterwarnings("ignore", message="DTensor random operators")
+    warnings.filterwarnings("ignore", message="DTensor (random operators|manual_seed)")
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 

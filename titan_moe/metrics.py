@@ -39,7 +39,11 @@ class MetricsProcessor(upstream.MetricsProcessor):
             "loss": global_avg_loss,
             "grad_norm": grad_norm,
             "tokens_per_second": self._tokens_per_second(),
-            "lr": (extra_metrics or {}).get("lr"),
+            "lr": {
+                key.removeprefix("lr/"): value
+                for key, value in (extra_metrics or {}).items()
+                if key.startswith("lr/")
+            },
             "load": self._expert_load(),
         }
         with _without_console():  # its own line reports MFU per device, which says nothing about MoE

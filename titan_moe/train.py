@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rank == 0:
         write_resolved(job, Path(job.trainer.dump_folder) / "resolved.toml")
     init_logger()
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 calls it
     logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     structured_logger.init_structured_logger(
         source="training",

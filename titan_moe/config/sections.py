@@ -109,6 +109,7 @@ OUR_DEFAULTS: dict[str, OurDefault] = {
     "loss.name": _always(
         "cross_entropy", "torchtitan has no default; the chunked one wants a seq_len its chunks divide"
     ),
+    "checkpoint.last_save_model_only": _always(False, "a finished run can be continued"),
     "optimizer.implementation": OurDefault(
         value=lambda _: "fused" if device_type == "cuda" else "foreach",
         shown="fused on CUDA, else foreach",
