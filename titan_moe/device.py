@@ -13,7 +13,6 @@ import sys
 import types
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,7 +67,12 @@ def _cpu_device_module() -> types.ModuleType:
     return module
 
 
-def _total_norm(tensors: Iterable[torch.Tensor], norm_type: float = 2.0, *_: Any, **__: Any) -> torch.Tensor:
+def _total_norm(
+    tensors: Iterable[torch.Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> torch.Tensor:
     """``torch.nn.utils.get_total_norm`` accumulating in fp64.
 
     The CPU's fp32 norm of two million elements is 3e-5 off; the error depends on how FSDP cuts the
@@ -77,7 +81,10 @@ def _total_norm(tensors: Iterable[torch.Tensor], norm_type: float = 2.0, *_: Any
     norms = [torch.linalg.vector_norm(tensor, norm_type, dtype=torch.float64) for tensor in tensors]
     if not norms:
         return torch.tensor(0.0)
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type).to(torch.float32)
+    total = torch.linalg.vector_norm(torch.stack(norms), norm_type).to(torch.float32)
+    if error_if_nonfinite and not total.isfinite():
+        raise RuntimeError(f"the total norm of order {norm_type} of the gradients is non-finite ({total})")
+    return total
 
 
 def _peak_memory() -> dict[str, int]:
