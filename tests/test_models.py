@@ -153,6 +153,15 @@ class TestSwapMoE:
         layer.moe = LoudMoE.Config(**fields)
         with pytest.raises(ValueError, match=r"layers\.2\.moe: LoudMoE computes more than torchtitan's MoE"):
             swap_moe(config, dispatcher="local")
+        assert not any(isinstance(moe, MoE.Config) for moe in moe_configs(config).values()), "half swapped"
+
+    def test_a_router_with_a_forward_of_its_own_is_refused(self) -> None:
+        config = stock_spec("deepseek_v3", "debugmodel").model
+        moe = config.layers[2].moe
+        fields = {f.name: getattr(moe.router, f.name) for f in dataclasses.fields(moe.router)}
+        moe.router = LoudRouter.Config(**fields)
+        with pytest.raises(ValueError, match=r"layers\.2\.moe\.router: LoudRouter computes more"):
+            swap_moe(config, dispatcher="local")
 
     def test_other_experts_are_kept(self) -> None:
         config = stock_spec("gpt_oss", "debugmodel").model
@@ -170,6 +179,18 @@ class LoudMoE(upstream.MoE):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         return 2 * super().forward(x_BLD)
+
+
+class LoudRouter(upstream.TokenChoiceTopKRouter):
+    """A router that a swap must not lose."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(upstream.TokenChoiceTopKRouter.Config):
+        """No fields of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock's, as far as anyone can tell."""
+        return super().forward(*args, **kwargs)
 
 
 def _options(config: Any) -> Any:

@@ -43,7 +43,7 @@ def _run(
 
 
 def _run_from_seed(folder: Path, name: str, world_size: int, *overrides: str) -> list[dict[str, Any]]:
-    """A run in fp32 from the seed checkpoint; the last --training.seq_len picks the gradients to compare with."""
+    """A run in fp32 from the seed checkpoint; its seq_len picks the gradients to compare with."""
     seq_len = [o.split("=")[1] for o in overrides if o.startswith("--training.seq_len=")][-1]
     return _run(
         folder,

@@ -25,8 +25,9 @@ def train(ctx: RankContext, argv: list[str], gradients: str | None = None) -> di
             they are compared with it instead, and "gradient_errors" says how far off each is.
 
     Returns:
-        "records" of metrics.jsonl, "expert_bias" per layer and "first_bias", after one step, "replicas_differ": names of parameters that are
-        replicated over TP and do not have the same bits there, "none_gradients" of the first step.
+        "records" of metrics.jsonl; "expert_bias" per layer, and "first_bias", after one step;
+        "replicas_differ": names of parameters that are replicated over TP and do not have the same bits
+        there; "none_gradients" of the first step.
     """
     os.environ |= {"RANK": str(ctx.rank), "LOCAL_RANK": str(ctx.rank), "WORLD_SIZE": str(ctx.world_size)}
     job = load(argv, world_size=ctx.world_size)

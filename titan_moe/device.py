@@ -36,7 +36,7 @@ def _become_cpu() -> None:
         return
     # tools/utils.py, get_device_info: falls back to "cuda" when torch finds no accelerator.
     stale_module, cpu_module = utils.device_module, _cpu_device_module()
-    # trainer.py, metrics.py, parallel_dims.py and others import both names by value.
+    # metrics.py, parallel_dims.py and others import these names by value.
     for loaded in [module for name, module in sys.modules.items() if name.startswith("torchtitan.")]:
         if getattr(loaded, "device_type", None) == "cuda":
             vars(loaded)["device_type"] = "cpu"

@@ -87,7 +87,7 @@ class RoutedExperts(Module):
     def forward(self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata) -> torch.Tensor:
         """``(T, D)``: the weighted sum of each local token's experts, in x's dtype."""
         x_RD, num_tokens_per_expert_e, receipt = self.token_dispatcher.dispatch(x_TD, routing, layout)
-        y_RD = self.inner_experts(x_RD, num_tokens_per_expert_e)
+        y_RD = self.inner_experts(x_RD, num_tokens_per_expert_e).to(x_RD.dtype)  # GPT-OSS's answer in bf16
         return self.token_dispatcher.combine(y_RD, receipt)
 
 
@@ -110,8 +110,9 @@ class MoE(Module):
         super().__init__()
         self.config = config
         self.load_balance_coeff = config.load_balance_coeff
-        self.router = config.router.build()
+        # torchtitan's order of construction: the same seed then gives the same weights.
         self.routed_experts = config.routed_experts.build()
+        self.router = config.router.build()
         self.shared_experts = config.shared_experts.build() if config.shared_experts is not None else None
         self.border: TokenBorder = SHARDED_TOKENS
         self.register_buffer("expert_bias_E", None, persistent=True)

@@ -36,16 +36,14 @@ def swap_moe(
         How many layers were replaced.
 
     Raises:
-        ValueError: a MoE layer has a forward of its own, which a swap would silently drop; or
-            ``dispatcher`` is unknown.
+        ValueError: a MoE layer, router or routed experts with a forward of its own, which a swap would
+            silently drop; or an unknown ``dispatcher``. The model is unchanged then.
     """
     dispatcher_config = dispatch.load(dispatcher).Config
     found: list[Any] = list(model.traverse(upstream.MoE.Config))
-    for fqn, config, parent, attr in found:
-        if config._owner.forward is not upstream.MoE.forward and not isinstance(config, MoE.Config):
-            raise ValueError(
-                f"{fqn}: {config._owner.__name__} computes more than torchtitan's MoE and cannot be swapped"
-            )
+    for fqn, config, _, _ in found:
+        _refuse_own_forward(fqn, config)
+    for _, config, parent, attr in found:
         routed = config.routed_experts
         token_dispatcher = dispatcher_config(
             num_experts=config.num_experts, top_k=config.router.top_k, **(dispatcher_options or {})
@@ -71,6 +69,21 @@ def swap_attention(model: BaseModel.Config) -> None:
         found: list[Any] = list(model.traverse(kind))
         for _, _, parent, attr in found:
             setattr(parent, attr, PackedSDPA.Config())
+
+
+def _refuse_own_forward(fqn: str, config: Any) -> None:
+    """The layer and its parts must compute what torchtitan's do, or what ours do."""
+    parts = {
+        fqn: (config, upstream.MoE, MoE),
+        f"{fqn}.router": (config.router, upstream.TokenChoiceTopKRouter, TokenChoiceTopKRouter),
+        f"{fqn}.routed_experts": (config.routed_experts, upstream.RoutedExperts, RoutedExperts),
+    }
+    for name, (part, theirs, ours) in parts.items():
+        if part._owner.forward not in (theirs.forward, ours.forward):
+            raise ValueError(
+                f"{name}: {part._owner.__name__} computes more than torchtitan's {theirs.__name__} "
+                "and cannot be swapped"
+            )
 
 
 def _swap_experts(config: upstream.GroupedExperts.Config) -> upstream.GroupedExperts.Config:
