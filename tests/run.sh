@@ -13,7 +13,7 @@ if [ -z "${SKIP_LINT:-}" ]; then
     {
         "$python" -m ruff check --quiet &&
             "$python" -m ruff format --check --quiet &&
-            "$python" -m pyrefly check --python-interpreter-path "$python" --summary none
+            "$python" -m pyrefly check --python-interpreter-path "$python" --summary=none
     } || die 1 "lint failed (SKIP_LINT=1 goes straight to the tests)"
 fi
 exec "$python" -m pytest "$@"

@@ -237,7 +237,7 @@ def test_debug_configs_train_on_the_same_global_batch() -> None:
             ranks = int(re.match(r"# (\d+) rank", file.read_text())[1])
             trainer = load([str(file)], world_size=ranks).trainer
             dp = ranks // trainer.parallelism.tensor_parallel_degree
-            assert trainer.training.local_batch_size * dp == 4, file
+            assert trainer.training.local_batch_size * dp == 12, file
 
 
 def test_the_page_shows_real_errors_and_every_default_of_ours(

@@ -124,8 +124,8 @@ CASES: dict[str, list[Case]] = {
             says="load_only .* saves nothing, but checkpoint.enable_first_step_checkpoint",
         ),
         Case(
-            passes="--checkpoint.enable --checkpoint.last_save_in_hf",
-            fails="--checkpoint.enable --checkpoint.last_save_in_hf",
+            passes="--checkpoint.enable --checkpoint.last_save_in_hf --checkpoint.last_save_model_only",
+            fails="--checkpoint.enable --checkpoint.last_save_in_hf --checkpoint.last_save_model_only",
             edit_failing=lambda spec: dataclasses.replace(spec, state_dict_adapter=None),
             says="has no Hugging Face adapter",
         ),
