@@ -12,10 +12,10 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
 
+from tests import backends
 from tests.faults import FAULTS
 from tests.oracle import Case
 from tests.ranks import RankContext
-from titan_moe import dispatch
 from titan_moe.dispatch.base import DispatchLimits
 from titan_moe.moe import GroupedExperts, MoE, RoutedExperts
 from titan_moe.router import TokenChoiceTopKRouter
@@ -81,7 +81,7 @@ def build_layer(case: Case, dispatcher: str = "local") -> MoE:
         ),
         routed_experts=RoutedExperts.Config(
             inner_experts=GroupedExperts.Config(dim=dim, hidden_dim=hidden_dim, num_experts=num_experts),
-            token_dispatcher=dispatch.load(dispatcher).Config(num_experts=num_experts, top_k=top_k),
+            token_dispatcher=backends.config(dispatcher, num_experts=num_experts, top_k=top_k),
         ),
         shared_experts=shared,
     ).build()

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.layers import Mesh, build_layer, differences, run_layer
+from tests.backends import BACKENDS, load
+from tests.faults import FAULTS
+from tests.layers import Mesh, build_layer, differences, on_mesh, parallel_dims, run_layer
 from tests.oracle import Case, random_case
 from tests.ranks import Mode, run_ranks
-from titan_moe.dispatch import DISPATCHERS, load
 
 RANKS, D, F, E = 4, 16, 8, 8
 
@@ -48,7 +49,7 @@ def _dispatchers(mesh: Mesh) -> list[str]:
     """Those that serve the mesh."""
     return [
         name
-        for name in DISPATCHERS
+        for name in BACKENDS
         if (mesh.ep > 1 and name != "local") or (mesh.ep == 1 and not load(name).requires_ep)
     ]
 
@@ -188,9 +189,6 @@ def run_expert_gradients(
     ctx: Any, case: Case, mesh: Mesh, dispatcher: str, fault: str | None
 ) -> dict[str, Any]:
     """Each rank's own experts after a backward: rows they got, and gradients that are None or all 0."""
-    from tests.faults import FAULTS
-    from tests.layers import on_mesh, parallel_dims
-
     dims = parallel_dims(ctx, mesh)
     layer = on_mesh(build_layer(case, dispatcher), dims, mesh)
     if fault:

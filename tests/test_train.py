@@ -198,6 +198,26 @@ def test_the_same_run_twice_has_the_same_bits(folder: Path) -> None:
     assert len(bits[0]) == 3
 
 
+DEEPEP = "--moe.dispatcher=deepep"
+
+
+def test_one_row_per_rank_follows_all_to_all(folder: Path, one_rank: dict[int, dict[str, Any]]) -> None:
+    """fp32, from the seed checkpoint; the default way back rounds once more per rank."""
+    shape = ("--training.seq_len=127", "--training.local_batch_size=3", "--training.steps=3")
+    candidates = _run_from_seed(folder, "deepep", 4, *EP2_TP2, DEEPEP, *shape)
+    _assert_same(candidates, one_rank[127], steps=3)
+
+
+def test_all_rows_back_have_the_bits_of_all_to_all(folder: Path) -> None:
+    shape = ("--training.steps=3", "--training.local_batch_size=2", "--training.seq_len=127")
+    bits = []
+    for name, further in (("all-to-all", ()), ("per-slot", (DEEPEP, "--moe.deepep.combine=per_slot"))):
+        records = _run(folder, name, 4, *EP2_TP2, *further, *shape)[0]["records"]
+        bits.append([(r["loss"], r["grad_norm"], r["load"]) for r in records])
+    assert bits[0] == bits[1]
+    assert len(bits[0]) == 3
+
+
 def test_qwen3_learns(folder: Path) -> None:
     argv = [str(CONFIGS / "qwen3_debug_ep.toml"), f"--dump_folder={folder / 'qwen3'}", "--training.steps=4"]
     records = run_ranks(train, 4, argv, timeout_s=TIMEOUT_S)[0]["records"]

@@ -7,6 +7,7 @@ import importlib
 DISPATCHERS: dict[str, str] = {
     "local": "titan_moe.dispatch.local:LocalDispatcher",
     "all_to_all": "titan_moe.dispatch.all_to_all:AllToAllDispatcher",
+    "deepep": "titan_moe.dispatch.deepep:DeepEPDispatcher",
 }
 
 

@@ -12,25 +12,29 @@ from titan_moe.dispatch.base import (
     Routing,
     TokenDispatcher,
 )
-from titan_moe.dispatch.collectives import exchange_counts, exchange_rows
-from titan_moe.dispatch.ops import expert_order, gather_rows, rank_to_expert_major, weighted_sum
+from titan_moe.dispatch.collectives import Splits, exchange_counts, exchange_rows
+from titan_moe.dispatch.ops import (
+    Slots,
+    gather_rows,
+    rank_to_expert_major,
+    slots_by_key,
+    sum_rows,
+    weighted_sum,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllToAllMetadata(DispatchMetadata):
-    """Both permutations, with their inverses, and the splits between them.
+    """Both permutations and the splits between them.
 
-    order_N, place_TK: slots to send order (``ops.expert_order``; experts are contiguous per rank, so
-    send order is rank-major). order_R, place_R: received rows to expert-major order.
+    sent: the N routed slots by expert; experts are contiguous per rank, so this is rank-major.
+    received: the R rows that arrived, in expert-major order.
     """
 
     topk_scores_TK: torch.Tensor
-    order_N: torch.Tensor
-    place_TK: torch.Tensor
-    order_R: torch.Tensor
-    place_R: torch.Tensor
-    send_splits: tuple[int, ...]
-    receive_splits: tuple[int, ...]
+    sent: Slots
+    received: Slots
+    splits: Splits
 
 
 class AllToAllDispatcher(TokenDispatcher[AllToAllMetadata]):
@@ -64,34 +68,16 @@ class AllToAllDispatcher(TokenDispatcher[AllToAllMetadata]):
         self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
     ) -> Dispatched[AllToAllMetadata]:
         """See the contract in ``base``. One host sync, for the splits."""
-        order_N, place_TK = expert_order(routing.topk_expert_ids_TK)
+        sent = slots_by_key(routing.topk_expert_ids_TK)
         counts = exchange_counts(routing.num_tokens_per_expert_E, self.ep_mesh)
-        rows_RD = exchange_rows(
-            gather_rows(x_TD, order_N, place_TK),
-            send_splits=counts.send_splits,
-            receive_splits=counts.receive_splits,
-            ep_mesh=self.ep_mesh,
-        )
-        order_R, place_R = rank_to_expert_major(counts.num_tokens_Se, rows_RD.shape[0])
+        rows_RD = exchange_rows(gather_rows(x_TD, sent), counts.rows, self.ep_mesh)
+        received = rank_to_expert_major(counts.num_tokens_Se, rows_RD.shape[0])
         metadata = AllToAllMetadata.extend(
-            layout,
-            topk_scores_TK=routing.topk_scores_TK,
-            order_N=order_N,
-            place_TK=place_TK,
-            order_R=order_R,
-            place_R=place_R,
-            send_splits=counts.send_splits,
-            receive_splits=counts.receive_splits,
+            layout, topk_scores_TK=routing.topk_scores_TK, sent=sent, received=received, splits=counts.rows
         )
-        x_RD = gather_rows(rows_RD, order_R, place_R.unsqueeze(1))
-        return Dispatched(x_RD, counts.num_tokens_Se.sum(0), metadata)
+        return Dispatched(gather_rows(rows_RD, received), counts.num_tokens_Se.sum(0), metadata)
 
     def combine(self, y_RD: torch.Tensor, metadata: AllToAllMetadata) -> torch.Tensor:
         """See the contract in ``base``. The mirror of ``dispatch``; no host sync."""
-        y_ND = exchange_rows(
-            gather_rows(y_RD, metadata.place_R, metadata.order_R.unsqueeze(1)),
-            send_splits=metadata.receive_splits,
-            receive_splits=metadata.send_splits,
-            ep_mesh=self.ep_mesh,
-        )
-        return weighted_sum(y_ND, metadata.topk_scores_TK, metadata.order_N, metadata.place_TK)
+        y_ND = exchange_rows(sum_rows(y_RD, metadata.received), metadata.splits.back(), self.ep_mesh)
+        return weighted_sum(y_ND, metadata.topk_scores_TK, metadata.sent)

@@ -163,7 +163,8 @@ class TokenDispatcher(Configurable, ABC, Generic[M]):
 
     requires_ep: ClassVar[bool]  # refuses to run without an EP mesh
     needs_host_sync: ClassVar[bool]  # dispatch waits for the device once
-    bitwise_equal_to: ClassVar[str | None]  # "local" when outputs carry the same bits, else None
+    bitwise_equal_to: str | None  # "local" when outputs carry the same bits, else None
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # Config keys the contract tests go through
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):

@@ -12,16 +12,15 @@ from titan_moe.dispatch.base import (
     Routing,
     TokenDispatcher,
 )
-from titan_moe.dispatch.ops import expert_order, gather_rows, weighted_sum
+from titan_moe.dispatch.ops import Slots, gather_rows, slots_by_key, weighted_sum
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalMetadata(DispatchMetadata):
-    """order_N and place_TK are the permutation of ``ops.expert_order``."""
+    """The N routed slots by expert."""
 
     topk_scores_TK: torch.Tensor
-    order_N: torch.Tensor
-    place_TK: torch.Tensor
+    slots: Slots
 
 
 class LocalDispatcher(TokenDispatcher[LocalMetadata]):
@@ -52,12 +51,10 @@ class LocalDispatcher(TokenDispatcher[LocalMetadata]):
         self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
     ) -> Dispatched[LocalMetadata]:
         """See the contract in ``base``. No communication."""
-        order_N, place_TK = expert_order(routing.topk_expert_ids_TK)
-        metadata = LocalMetadata.extend(
-            layout, topk_scores_TK=routing.topk_scores_TK, order_N=order_N, place_TK=place_TK
-        )
-        return Dispatched(gather_rows(x_TD, order_N, place_TK), routing.num_tokens_per_expert_E, metadata)
+        slots = slots_by_key(routing.topk_expert_ids_TK)
+        metadata = LocalMetadata.extend(layout, topk_scores_TK=routing.topk_scores_TK, slots=slots)
+        return Dispatched(gather_rows(x_TD, slots), routing.num_tokens_per_expert_E, metadata)
 
     def combine(self, y_RD: torch.Tensor, metadata: LocalMetadata) -> torch.Tensor:
         """See the contract in ``base``. No communication."""
-        return weighted_sum(y_RD, metadata.topk_scores_TK, metadata.order_N, metadata.place_TK)
+        return weighted_sum(y_RD, metadata.topk_scores_TK, metadata.slots)
