@@ -202,6 +202,13 @@ CASES: dict[str, list[Case]] = {
         ),
         Case(passes="--moe.dispatcher all_to_all", fails="--moe.dispatcher x", says="is not a dispatcher"),
     ],
+    "compiled_grouped_matmul_is_bf16": [
+        Case(
+            passes="--compile.enable",
+            fails="--compile.enable --training.mixed_precision_param float32",
+            says=r"compile.enable .*mixed_precision_param \(float32\) to be bfloat16",
+        ),
+    ],
     "grouped_matmul_is_aligned": [
         Case(
             passes=f"{_P}tensor_parallel_degree 4 --training.mixed_precision_param float32",

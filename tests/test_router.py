@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.linear import Linear
 
 from tests import oracle
@@ -292,3 +293,33 @@ def test_gate_bias_takes_part() -> None:
     routing.topk_scores_TK.sum().backward()
     assert router.gate.bias.grad is not None
     assert router.gate.bias.grad.any()
+
+
+class _Drifting(torch.nn.Module):
+    """A block whose recomputation sees slightly other activations, as a non-deterministic kernel gives."""
+
+    def __init__(self, router: torch.nn.Module, drift_TD: Tensor) -> None:
+        super().__init__()
+        self.router, self.drift_TD, self.forwards = router, drift_TD, 0
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        self.forwards += 1
+        return self.router(x_TD + self.drift_TD * (self.forwards > 1)).topk_scores_TK
+
+
+@pytest.mark.parametrize(("selective", "pinned"), [(True, True), (False, False)], ids=["selective", "full"])
+def test_selective_checkpointing_recomputes_the_same_routes(selective: bool, pinned: bool) -> None:
+    """The splits of the forward's all-to-all must fit; full recomputation follows the drift (the control)."""
+    generator = torch.Generator().manual_seed(0)
+    gate = Linear.Config(in_features=32, out_features=16, bias=False)
+    router = TokenChoiceTopKRouter.Config(num_experts=16, gate=gate, top_k=3).build()
+    torch.nn.init.normal_(router.gate.weight, generator=generator)
+    routes: list[Tensor] = []
+    router.register_forward_hook(lambda _module, _args, out: routes.append(out.topk_expert_ids_TK.clone()))
+    block = _Drifting(router, torch.randn(512, 32, generator=generator) * 1e-2)
+    kind = SelectiveAC.Config(force_recompute_mm_shapes_by_fqns=[]) if selective else FullAC.Config()
+    wrapped = kind.build(dump_folder="")._wrap_block(block)
+    x_TD = torch.randn(512, 32, generator=generator).requires_grad_()
+    wrapped(x_TD).backward(torch.randn(512, 3, generator=generator))
+    assert len(routes) == 2
+    assert torch.equal(routes[0], routes[1]) == pinned

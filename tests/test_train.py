@@ -84,8 +84,9 @@ def _assert_same(candidates: list[dict[str, Any]], reference: dict[str, Any], st
     assert ours[0]["load"] == theirs[0]["load"]
     for our, their in zip(ours, theirs, strict=True):
         assert our["loss"] == pytest.approx(their["loss"], rel=1e-4)
-    for fqn, bias_E in reference["first_bias"].items():
-        assert torch.equal(candidates[0]["first_bias"][fqn], bias_E), fqn
+    for name in ("first_bias", "first_load"):
+        for fqn, tensor_E in reference[name].items():
+            assert torch.equal(candidates[0][name][fqn], tensor_E), (name, fqn)
     errors = candidates[0]["gradient_errors"]
     assert {name: error for name, error in errors.items() if not error <= 1e-4} == {}
     assert all(candidate["none_gradients"] == [] for candidate in candidates)

@@ -25,7 +25,8 @@ def train(ctx: RankContext, argv: list[str], gradients: str | None = None) -> di
             they are compared with it instead, and "gradient_errors" says how far off each is.
 
     Returns:
-        "records" of metrics.jsonl; "expert_bias" per layer, and "first_bias", after one step;
+        "records" of metrics.jsonl; "expert_bias" per layer; "first_bias" and "first_load" (counts) per
+        layer, after one step;
         "replicas_differ": names of parameters that are replicated over TP and do not have the same bits
         there; "none_gradients" of the first step.
     """
@@ -58,6 +59,10 @@ def _watch_first_step(trainer: Trainer, file: str | None, results: dict[str, Any
     named = {_plain(name): p.grad for name, p in trainer.model_parts[0].named_parameters()}
     results["none_gradients"] = [name for name, gradient in named.items() if gradient is None]
     results["first_bias"] = _expert_bias(trainer)
+    optimizers: Any = trainer.optimizers
+    results["first_load"] = {
+        fqn: load_E.clone() for fqn, load_E in optimizers.load_balancer.last_load.items()
+    }
     if file is None:
         return
     whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in named.items()}

@@ -106,10 +106,15 @@ def _keep_best_groups(scores_TE: torch.Tensor, num_groups: int, num_limited_grou
 def _top_k(scores_TE: torch.Tensor, k: int) -> torch.Tensor:
     """Ids of the k largest, best first, ties to the lower id.
 
-    A stable sort, not ``topk``: that one breaks ties as the kernel likes, so equal scores would route
-    differently with the number of rows, the device, or between forward and recomputation.
+    ``topk`` alone breaks ties as the kernel likes: equal scores would route differently with the number
+    of rows or the device. So a stable sort ranks, and ``topk`` picks from the ranks, which are all
+    different. It stays the op that picks because selective checkpointing saves its result: recomputation
+    then routes as the forward did, even when its scores come out a bit different.
     """
-    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+    order_TE = scores_TE.sort(dim=-1, descending=True, stable=True).indices
+    places_E = torch.arange(order_TE.shape[-1], device=order_TE.device)
+    rank_TE = torch.empty_like(order_TE).scatter_(-1, order_TE, places_E.expand_as(order_TE))
+    return rank_TE.topk(k, dim=-1, largest=False, sorted=True).indices
 
 
 def _local_gate(param: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,12 @@ class Trainer(TorchtitanTrainer):
             self.parallelism.enable_sequence_parallel = self.wants_sequence_parallel
             TorchtitanTrainer.Config.maybe_log(self)
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert config.parallelism.enable_sequence_parallel == config.wants_sequence_parallel, (
+            "torchtitan's constructor no longer calls maybe_log after init_distributed"
+        )
+
     def init_distributed(self) -> ParallelDims:
         """As torchtitan, and allows a sequence length that TP does not divide.
 

@@ -95,6 +95,10 @@ class _Builder:
             self._fail("model", f"{model.name}/{model.flavor} with dispatcher {moe.dispatcher!r}: {error}")
         if moe.load_balance_coeff is not None:
             coeff = None if moe.load_balance_coeff == "none" else moe.load_balance_coeff
+            if coeff is not None and not 0 < coeff < float("inf"):
+                self._fail(
+                    "moe.load_balance_coeff", f"({coeff}) must be a positive number, or 'none' for no bias"
+                )
             for _, layer in moe_layers(spec):
                 layer.load_balance_coeff = coeff
         return spec

@@ -192,5 +192,6 @@ class TokenDispatcher(Configurable, ABC, Generic[M]):
         """``(T, D)``: the score-weighted sum of each token's K expert outputs, on its own rank.
 
         Multiplies and accumulates in fp32 (fp64 for fp64 rows) in top-k slot order and rounds once,
-        to the dtype of ``y_RD``.
+        to the dtype of ``y_RD``. A variant that reduces before it sends rounds once more per rank, and
+        says so: its ``bitwise_equal_to`` is None.
         """

@@ -94,10 +94,21 @@ def grouped_matmul_is_aligned(facts: Facts) -> None:
                 )
 
 
+def compiled_grouped_matmul_is_bf16(facts: Facts) -> None:
+    """Under torch.compile, torch._grouped_mm's shape function takes bf16 only; eager takes fp32 as well."""
+    compile_config, dtype = facts.trainer.compile, facts.training.mixed_precision_param
+    if compile_config.enable and "model" in compile_config.components and dtype != "bfloat16":
+        raise Broken(
+            f"compile.enable with 'model' in compile.components needs training.mixed_precision_param "
+            f"({dtype}) to be bfloat16: torch compiles its grouped matmul for that only"
+        )
+
+
 RULES = (
     top_k_fits,
     groups_fit,
     experts_divide_over_ep,
     dispatcher_serves_the_mesh,
     grouped_matmul_is_aligned,
+    compiled_grouped_matmul_is_bf16,
 )
