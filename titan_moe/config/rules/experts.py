@@ -109,6 +109,6 @@ RULES = (
     groups_fit,
     experts_divide_over_ep,
     dispatcher_serves_the_mesh,
-    grouped_matmul_is_aligned,
     compiled_grouped_matmul_is_bf16,
+    grouped_matmul_is_aligned,
 )
