@@ -15,7 +15,7 @@ def count_tokens(
     """Adds a forward's counts to the running ones: once per training forward.
 
     Neither eval nor the recomputation of activation checkpointing counts, so the numbers are the
-    same under AC none, selective and full. Padding is never routed and so never counted.
+    same under AC none, selective and full. The padding of uneven shards is never routed, so never counted.
     """
     if training and not _is_recomputing():
         tokens_per_expert_E.add_(num_tokens_per_expert_E)
@@ -75,7 +75,7 @@ def attach_load_balancer(optimizers: Any, model_parts: list[nn.Module], parallel
 
 
 def load_statistics(tokens_per_expert: list[int]) -> dict[str, float]:
-    """max / mean, coefficient of variation and dead experts of one layer's load; 0 tokens give 0s."""
+    """max / mean, coefficient of variation and dead experts of one layer; without a token, all are dead."""
     mean = sum(tokens_per_expert) / len(tokens_per_expert)
     if mean == 0:
         return {"max_over_mean": 0.0, "cv": 0.0, "dead_experts": len(tokens_per_expert)}
