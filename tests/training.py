@@ -1,5 +1,6 @@
 """Bodies for `run_ranks` that run torchtitan's trainer on a shortened debug model."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -30,6 +31,7 @@ def train(ctx: RankContext, argv: list[str], gradients: str | None = None) -> di
         "replicas_differ": names of parameters that are replicated over TP and do not have the same bits
         there; "none_gradients" of the first step.
     """
+    gc.collect()  # torchtitan switches the collector off, and the previous body's trainer is a cycle
     os.environ |= {"RANK": str(ctx.rank), "LOCAL_RANK": str(ctx.rank), "WORLD_SIZE": str(ctx.world_size)}
     job = load(argv, world_size=ctx.world_size)
     model: Any = job.trainer.model_spec.model
