@@ -57,6 +57,7 @@ class Problem:
     grad_TD: list[Tensor]
     weights: list[dict[str, Tensor]]
     places: list[dict[str, Any]]
+    masked: bool = False  # picks whose id is -1 are masked
 
     def on_one_rank(self) -> "Problem":
         """The same tokens, rank after rank, and all experts, on a single rank."""
@@ -66,6 +67,7 @@ class Problem:
             **{name: [torch.cat(getattr(self, name))] for name in ("x_TD", "ids_TK", "scores_TK", "grad_TD")},
             weights=[{name: torch.cat([w[name] for w in self.weights]) for name in WEIGHTS}],
             places=[place],
+            masked=self.masked,
         )
 
     def to(self, rows: torch.dtype, scores: torch.dtype) -> "Problem":
@@ -93,6 +95,7 @@ CASES: dict[str, tuple[tuple[int, ...], int, str]] = {
     "no_tokens": ((2, 0), 2, "any"),
     "one_token": ((1, 1), 2, "any"),
     "one_token_per_rank": ((1, 4), 3, "any"),
+    "masked_picks": ((2, 7), 3, "any or none"),
 }
 
 
@@ -119,8 +122,8 @@ UNSERVED = {(name, ep): unserved(name, ep) for name in BACKENDS for ep in EP_SIZ
 SERVED = [pair for pair, reason in UNSERVED.items() if not reason]
 on_served = pytest.mark.parametrize(("name", "ep"), SERVED)
 
-# Real ranks take every case, and are the faster ones here; simulated ranks take two and must agree.
-SIMULATED = ("random", "empty_last_rank")
+# Real ranks take every case, and are the faster ones here; simulated ranks take a few and must agree.
+SIMULATED = ("random", "empty_last_rank", "masked_picks")
 MODES: dict[Mode, tuple[str, ...]] = {"gloo": tuple(CASES), "local_tensor": SIMULATED}
 WHERE = [(name, ep, mode) for name, ep in SERVED for mode in MODES if ep > 1 or mode == "gloo"]
 on_ranks = pytest.mark.parametrize(("name", "ep", "mode"), WHERE)
@@ -145,6 +148,7 @@ def problem(case: str, ep: int, group: int = 0) -> Problem:
     sizes = [place["local_batch_size"] * place["local_seq_len"] for place in places]
     allowed_ids = {
         "any": torch.arange(E),
+        "any or none": torch.arange(E),
         "last rank's": torch.arange(E)[-E // max(EP_SIZES) :],
         "expert 5": torch.tensor([5]),
     }[allowed]
@@ -154,7 +158,11 @@ def problem(case: str, ep: int, group: int = 0) -> Problem:
 
     def choose(num_tokens: int) -> Tensor:
         order = torch.rand(num_tokens, len(allowed_ids), generator=generator).argsort(1)
-        return allowed_ids[order][:, :top_k].contiguous()
+        ids_TK = allowed_ids[order][:, :top_k].contiguous()
+        if allowed == "any or none":
+            ids_TK[torch.rand(ids_TK.shape, generator=generator) < 0.3] = -1
+            ids_TK[::4] = -1  # tokens that go nowhere
+        return ids_TK
 
     weights = {"w1_EFD": draw(E, F, D), "w2_EDF": draw(E, D, F), "w3_EFD": draw(E, F, D)}
     return Problem(
@@ -164,6 +172,7 @@ def problem(case: str, ep: int, group: int = 0) -> Problem:
         grad_TD=[draw(n, D) for n in sizes],
         weights=[{name: w.chunk(ep)[rank] for name, w in weights.items()} for rank in range(ep)],
         places=[{"dim": D, **place} for place in places],
+        masked=allowed == "any or none",
     )
 
 
@@ -183,6 +192,8 @@ def dense(case: str, ep: int, group: int) -> Outcome:
     out_TD = x_TD * 0
     for t, ids in enumerate(one.ids_TK[0].tolist()):
         for k, e in enumerate(ids):
+            if e < 0:
+                continue
             y_D = scores_TK[t, k] * swiglu(x_TD[t], w1_EFD[e], w2_EDF[e], w3_EFD[e])
             out_TD = out_TD.index_add(0, torch.tensor([t]), y_D.unsqueeze(0))
     leaves = (x_TD, scores_TK, *weights)
@@ -207,8 +218,9 @@ class OnRank:
         self.x_TD = own(lambda group: group.x_TD).requires_grad_()
         self.ids_TK = own(lambda group: group.ids_TK)
         self.counts_E = own(
-            lambda group: [torch.bincount(ids.flatten(), minlength=E) for ids in group.ids_TK]
+            lambda group: [torch.bincount(ids[ids >= 0], minlength=E) for ids in group.ids_TK]
         )
+        self.present_TK = own(lambda group: [ids >= 0 for ids in group.ids_TK]) if groups[0].masked else None
         self.scores_TK = own(lambda group: group.scores_TK).requires_grad_()
         self.grad_TD = own(lambda group: group.grad_TD)
         self.experts: Any = GroupedExperts.Config(dim=D, hidden_dim=F, num_experts=E // ep).build()
@@ -220,7 +232,8 @@ class OnRank:
         self.layout = DispatchMetadata.of(**place)
 
     def dispatch(self, x_TD: Tensor | None = None, scores_TK: Tensor | None = None) -> Any:
-        routing = Routing(self.scores_TK if scores_TK is None else scores_TK, self.ids_TK, self.counts_E)
+        scores_TK = self.scores_TK if scores_TK is None else scores_TK
+        routing = Routing(scores_TK, self.ids_TK, self.counts_E, self.present_TK)
         return self.dispatcher.dispatch(self.x_TD if x_TD is None else x_TD, routing, self.layout)
 
     def forward(self, x_TD: Tensor | None = None, scores_TK: Tensor | None = None) -> Tensor:
@@ -334,7 +347,7 @@ def test_the_cases_are_what_they_say() -> None:
     for ep in (2, 4):
         counts = {
             case: torch.stack(
-                [torch.bincount(ids.flatten(), minlength=E) for ids in problem(case, ep).ids_TK]
+                [torch.bincount(ids[ids >= 0], minlength=E) for ids in problem(case, ep).ids_TK]
             )
             for case in CASES
         }
@@ -345,6 +358,7 @@ def test_the_cases_are_what_they_say() -> None:
         assert counts["hot_expert"].sum(0).tolist() == [0] * 5 + [16] + [0] * 2
         assert tokens["empty_middle_rank"] == list(RAGGED[-ep:])
         assert (counts["all_experts"].sum(0) == 6).all()
+        assert 0 < counts["masked_picks"].sum() < 3 * 14
         assert sum(tokens["no_tokens"]) == 0
         assert tokens["one_token"] == [1] + [0] * (ep - 1)
     assert [x.shape[0] for x in problem("empty_last_rank", 4).x_TD] == [4, 4, 2, 0]
@@ -474,6 +488,46 @@ def interleaved(
     in_flight = {key: batches[key].backward(out[key]) for key in order}
     alone = {key: batches[key].backward(batches[key].forward()) for key in "AB"}
     return {key: (in_flight[key], alone[key]) for key in "AB"}
+
+
+class Sent(TorchDispatchMode):
+    """The rows and bytes that go into all-to-alls; without the counts, which are int64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "all_to_all_single" and args[0].dtype != torch.int64:
+            self.rows += args[0].shape[0] if args[0].shape[1:] == (D,) else 0
+            self.bytes += args[0].numel() * args[0].element_size()
+        return func(*args, **(kwargs or {}))
+
+
+def reported_and_sent(
+    ctx: RankContext, name: str, ep: int, rounds: dict[str, list[Problem]]
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    answers = {}
+    for case, some in rounds.items():
+        here = OnRank(ctx, name, ep, some)
+        with Sent() as out:
+            x_RD, _, receipt = here.dispatch()
+        with Sent() as back:
+            here.dispatcher.combine(x_RD, receipt)
+        reported = here.dispatcher.traffic(receipt, x_RD.element_size())
+        answers[case] = (tuple(reported), (out.rows, out.bytes, back.rows, back.bytes))
+    return answers
+
+
+@on_served
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_traffic_is_what_the_collectives_were_given(name: str, ep: int, dtype: str) -> None:
+    rounds = {case: groups(case, ep, dtype) for case in CASES}
+    ranks = run(reported_and_sent, ep, name, ep, rounds, mode="gloo")
+    for rank in ranks:
+        for case, (reported, sent) in rank.items():
+            assert reported == sent, case
+    assert (sum(sent[1] for _, sent in (rank["random"] for rank in ranks)) > 0) == (ep > 1)
 
 
 class Scaled(NamedTuple):
@@ -694,6 +748,7 @@ def _reversed_rows(cls: Any) -> Any:
 def _reversed_slots(cls: Any) -> Any:
     class Reversed(cls):  # the K addends of a token, and of its gradient, the other way round
         def dispatch(self, x_TD: Tensor, routing: Routing, layout: DispatchMetadata) -> Any:
+            assert routing.present_TK is None
             slots = {
                 "topk_scores_TK": routing.topk_scores_TK,
                 "topk_expert_ids_TK": routing.topk_expert_ids_TK,

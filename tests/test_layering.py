@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from titan_moe.dispatch import DISPATCHERS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "titan_moe"
 
@@ -25,10 +27,11 @@ LAYERS: tuple[set[str], ...] = (
     {"sharding"},
     {"moe"},
     {"router", "border", "load_balance", "dispatch.<backend>"},
-    {"dispatch.ops", "dispatch.collectives"},
+    {"dispatch.<part>"},
+    {"dispatch.ops", "dispatch.collectives", "dispatch.uniform"},
     {"dispatch", "dispatch.base", "data", "device"},
 )
-NOT_BACKENDS = {"base", "ops", "collectives"}
+NOT_BACKENDS = {"base", "ops", "collectives", "uniform"}
 # What the layers alone would let through.
 NEVER = {
     ("replay", "moe"): "replay reaches layers through the router, by key",
@@ -76,9 +79,17 @@ def imported_modules(path: str, text: str, modules: set[str]) -> Iterator[tuple[
 def layer_key(module: str) -> str:
     """The name under which LAYERS lists a module."""
     parts = module.split(".")[1:]
-    if parts[0] == "dispatch" and len(parts) > 1:
+    if parts[0] == "dispatch" and len(parts) > 1 and parts[1] != "__main__":
+        if owner(module):
+            return "dispatch.<part>"
         return f"dispatch.{parts[1]}" if parts[1] in NOT_BACKENDS else "dispatch.<backend>"
     return parts[0]
+
+
+def owner(module: str) -> str | None:
+    """The backend that a module is a part of: ``foo_rows`` is one of ``foo``."""
+    name = module.rsplit(".", 1)[-1]
+    return next((backend for backend in DISPATCHERS if name.startswith(f"{backend}_")), None)
 
 
 def layer(key: str) -> int | None:
@@ -115,6 +126,8 @@ def forbidden(module: str, target: str) -> str | None:
         return None
     if own == other:
         return None if module == target else "a backend never imports another"
+    if other == "dispatch.<part>" and owner(target) != module.rsplit(".", 1)[-1]:
+        return f"a part of {owner(target)} is nobody else's"
     depth, other_depth = layer(own), layer(other)
     if module.endswith(".__main__"):
         depth = 0  # a command uses what it likes; only its own package must not need it

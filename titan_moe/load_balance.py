@@ -1,4 +1,4 @@
-"""Expert load: counting it, balancing it without an auxiliary loss, reporting it."""
+"""Expert load and traffic: counting them, balancing load without an auxiliary loss, reporting both."""
 
 import math
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from titan_moe.dispatch.base import Traffic
 
 
 @torch.no_grad()
@@ -21,6 +23,18 @@ def count_tokens(
         tokens_per_expert_E.add_(num_tokens_per_expert_E)
 
 
+@torch.no_grad()
+def count_traffic(counters: torch.Tensor, traffic: Traffic, *, training: bool) -> None:
+    """Adds what a forward sends to the running sums, by the rule of ``count_tokens``.
+
+    Args:
+        counters: int64, one per field of Traffic.
+    """
+    if training and not _is_recomputing():
+        for counter, amount in zip(counters.unbind(), traffic, strict=True):
+            counter.add_(amount)
+
+
 def _is_recomputing() -> bool:
     """A forward that autograd started is a recomputation: id -1 means no backward is running."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -34,6 +48,7 @@ class LoadBalancer:
 
     Attributes:
         last_load: per MoE layer of this pipeline stage: int64 ``(E,)`` global counts of the last step.
+        last_traffic: int64, one per field of Traffic: of the last step, summed over layers and ranks.
     """
 
     def __init__(self, model_parts: list[nn.Module], parallel_dims: Any) -> None:
@@ -43,6 +58,7 @@ class LoadBalancer:
         if parallel_dims.tp_enabled and parallel_dims.ep_enabled:
             self.groups.append(parallel_dims.get_mesh("tp").get_group())
         self.last_load: dict[str, torch.Tensor] = {}
+        self.last_traffic = torch.zeros(len(Traffic._fields), dtype=torch.int64)
 
     @torch.no_grad()
     def step(self, *_: Any) -> None:
@@ -50,19 +66,26 @@ class LoadBalancer:
         if not self.layers:
             return
         counts_by_layer = [moe.tokens_per_expert_E for moe in self.layers.values()]
-        total = torch.cat(counts_by_layer)
+        traffic_by_layer = [moe.traffic for moe in self.layers.values()]
+        counters = [*counts_by_layer, torch.stack(traffic_by_layer).sum(0)]
+        total = torch.cat(counters)
         for group in self.groups:
             dist.all_reduce(total, group=group)
-        loads = total.split([counts_E.numel() for counts_E in counts_by_layer])
+        *loads, self.last_traffic = total.split([counter.numel() for counter in counters])
         for (fqn, moe), load_E in zip(self.layers.items(), loads, strict=True):
             self.last_load[fqn] = load_E
             moe.tokens_per_expert_E.zero_()
+            moe.traffic.zero_()
             if moe.load_balance_coeff is not None:
                 moe.expert_bias_E.add_(_bias_delta(load_E, moe.load_balance_coeff))
 
     def report(self) -> dict[str, dict[str, float]]:
         """Per layer: max / mean load, coefficient of variation, experts without a token. Host sync."""
         return {fqn: load_statistics(load_E.tolist()) for fqn, load_E in self.last_load.items()}
+
+    def report_traffic(self) -> Traffic:
+        """Rows and bytes of the last step, over all layers of this stage and all ranks. Host sync."""
+        return Traffic(*self.last_traffic.tolist())
 
 
 def attach_load_balancer(optimizers: Any, model_parts: list[nn.Module], parallel_dims: Any) -> None:

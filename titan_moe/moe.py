@@ -13,6 +13,7 @@ A capital is the logical dim even where the tensor holds a shard of it.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,8 @@ from torchtitan.models.common import moe as upstream
 from torchtitan.protocols.module import Module
 
 from titan_moe.border import SHARDED_TOKENS, TokenBorder
-from titan_moe.dispatch.base import DispatchMetadata, Routing
-from titan_moe.load_balance import count_tokens
+from titan_moe.dispatch.base import DispatchMetadata, Routing, Traffic
+from titan_moe.load_balance import count_tokens, count_traffic
 
 
 class GroupedExperts(upstream.GroupedExperts):
@@ -72,8 +73,15 @@ def _local(weight: torch.Tensor) -> torch.Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
+class InFlight(NamedTuple):
+    """The experts' results on their way to their tokens, until ``RoutedExperts.finish``."""
+
+    rows: Any  # what the dispatcher's start_combine returned
+    receipt: DispatchMetadata
+
+
 class RoutedExperts(Module):
-    """Dispatch, experts, combine, on local tensors."""
+    """Dispatch, experts, combine, on local tensors. In two halves, so that there is work to do in between."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(upstream.RoutedExperts.Config):
@@ -84,11 +92,15 @@ class RoutedExperts(Module):
         self.inner_experts = config.inner_experts.build()
         self.token_dispatcher = config.token_dispatcher.build()
 
-    def forward(self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata) -> torch.Tensor:
-        """``(T, D)``: the weighted sum of each local token's experts, in x's dtype."""
+    def forward(self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata) -> InFlight:
+        """Up to where the results are on their way back."""
         x_RD, num_tokens_per_expert_e, receipt = self.token_dispatcher.dispatch(x_TD, routing, layout)
         y_RD = self.inner_experts(x_RD, num_tokens_per_expert_e).to(x_RD.dtype)  # GPT-OSS's answer in bf16
-        return self.token_dispatcher.combine(y_RD, receipt)
+        return InFlight(self.token_dispatcher.start_combine(y_RD, receipt), receipt)
+
+    def finish(self, in_flight: InFlight) -> torch.Tensor:
+        """``(T, D)``: the weighted sum of each local token's experts, in x's dtype."""
+        return self.token_dispatcher.finish_combine(*in_flight)
 
 
 class MoE(Module):
@@ -96,10 +108,11 @@ class MoE(Module):
 
     1. enter: from DTensor to this rank's own tokens.
     2. route: K experts and their weights per token.
-    3. count: tokens per expert, once per training forward.
-    4. routed experts: dispatch, compute, combine.
-    5. leave: back to a DTensor of the input's placements and exact global shape.
-    6. shared experts, added.
+    3. routed experts: dispatch, compute, and send the results back.
+    4. count: tokens per expert and bytes sent, once per training forward.
+    5. shared experts, while the results are in flight.
+    6. finish: the results arrive and are summed per token.
+    7. leave: back to a DTensor of the input's placements and exact global shape; the shared are added.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -117,6 +130,7 @@ class MoE(Module):
         self.border: TokenBorder = SHARDED_TOKENS
         self.register_buffer("expert_bias_E", None, persistent=True)
         self.register_buffer("tokens_per_expert_E", None, persistent=False)
+        self.register_buffer("traffic", None, persistent=False)
         self._init_self_buffers()
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
@@ -127,12 +141,14 @@ class MoE(Module):
         """
         x_TD, layout = self.border.enter(x_BLD)
         routing = self.router(x_TD, self.expert_bias_E)
+        in_flight = self.routed_experts(x_TD, routing, layout)
         count_tokens(self.tokens_per_expert_E, routing.num_tokens_per_expert_E, training=self.training)
-        out_TD = self.routed_experts(x_TD, routing, layout)
+        traffic = self.routed_experts.token_dispatcher.traffic(in_flight.receipt, x_TD.element_size())
+        count_traffic(self.traffic, traffic, training=self.training)
+        shared_BLD = self.shared_experts(x_BLD) if self.shared_experts is not None else None
+        out_TD = self.routed_experts.finish(in_flight)
         out_BLD = self.border.leave(out_TD, layout, like=x_BLD)
-        if self.shared_experts is not None:
-            out_BLD = out_BLD + self.shared_experts(x_BLD)
-        return out_BLD
+        return out_BLD if shared_BLD is None else out_BLD + shared_BLD
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         if buffer_device is None and self.tokens_per_expert_E is not None:
@@ -140,5 +156,6 @@ class MoE(Module):
         # Counts are integers: exact at any size, and untouched by a cast of the model.
         num_experts = self.config.num_experts
         self.tokens_per_expert_E = torch.zeros(num_experts, dtype=torch.int64, device=buffer_device)
+        self.traffic = torch.zeros(len(Traffic._fields), dtype=torch.int64, device=buffer_device)
         if self.load_balance_coeff is not None:
             self.expert_bias_E = torch.zeros(num_experts, dtype=torch.float32, device=buffer_device)

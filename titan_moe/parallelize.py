@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import TORCH_DTYPE_MAP, CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
@@ -46,7 +47,9 @@ def parallelize(
     if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
         model.parallelize(parallel_dims)
     for moe in layers:
-        limits = dispatch_limits(moe.config, training=training, parallelism=parallelism)
+        limits = dispatch_limits(
+            moe.config, training=training, parallelism=parallelism, compile_config=compile_config
+        )
         moe.routed_experts.token_dispatcher.bind(parallel_dims.get_optional_mesh("ep"), limits)
     if ac_config is not None:
         ac_config.build(dump_folder=dump_folder).apply(model)
@@ -54,6 +57,14 @@ def parallelize(
         apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
     _apply_fsdp(model, parallel_dims, training, parallelism)
     return model
+
+
+def unbind(model_parts: list[nn.Module]) -> None:
+    """Gives back what ``parallelize`` bound. Collective; before the process groups end."""
+    for part in model_parts:
+        for module in part.modules():
+            if isinstance(module, MoE):
+                module.routed_experts.token_dispatcher.unbind()
 
 
 def _apply_fsdp(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import spmd_types as spmd
 from torch import nn
-from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.config import TORCH_DTYPE_MAP, CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.parallel_dims import MeshAxisName as Axis
 from torchtitan.distributed.parallel_dims import SpmdLayout
 from torchtitan.models.common.decoder_sharding import (
@@ -18,6 +18,7 @@ from torchtitan.models.common.decoder_sharding import (
     set_dense_ffn_sharding,
 )
 from torchtitan.protocols.sharding import ShardingConfig
+from torchtitan.tools.utils import device_type
 
 from titan_moe.border import SHARDED_HIDDEN, SHARDED_TOKENS, TokenBorder
 from titan_moe.dispatch.base import DispatchLimits
@@ -66,7 +67,11 @@ def shard_moe(moe: MoE, *, ep: bool, sp: bool) -> None:
 
 
 def dispatch_limits(
-    layer: MoE.Config, *, training: TrainingConfig, parallelism: ParallelismConfig
+    layer: MoE.Config,
+    *,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    compile_config: CompileConfig,
 ) -> DispatchLimits:
     """The sizes a dispatcher may count on for a whole run, the same on every rank."""
     pipelined = parallelism.pipeline_parallel_degree > 1
@@ -80,6 +85,11 @@ def dispatch_limits(
         dim=layer.routed_experts.inner_experts.dim,
         ep_size=ep,
         num_max_tokens_per_rank=sequences * -(-seq_len // shards),
+        dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+        device_type=device_type,
+        compiled=compile_config.enable and "model" in compile_config.components,
+        num_expert_groups=layer.router.num_expert_groups,
+        num_limited_groups=layer.router.num_limited_groups,
     )
 
 

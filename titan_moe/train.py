@@ -19,6 +19,7 @@ from torchtitan.trainer import Trainer as TorchtitanTrainer
 
 from titan_moe.config import ConfigError, load, write_resolved
 from titan_moe.metrics import MetricsProcessor
+from titan_moe.parallelize import unbind
 
 
 class Trainer(TorchtitanTrainer):
@@ -93,6 +94,7 @@ def run(config: Trainer.Config) -> None:
             trainer.train()
     finally:
         trainer.close()
+    unbind(trainer.model_parts)  # not after an error: it waits for all ranks
     dist.destroy_process_group()
 
 

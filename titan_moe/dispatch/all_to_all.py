@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from titan_moe.dispatch.base import (
     Dispatched,
@@ -11,8 +10,9 @@ from titan_moe.dispatch.base import (
     DispatchMetadata,
     Routing,
     TokenDispatcher,
+    Traffic,
 )
-from titan_moe.dispatch.collectives import Splits, exchange_counts, exchange_rows
+from titan_moe.dispatch.collectives import Splits, exchange_counts, exchange_rows, start_exchange, wait
 from titan_moe.dispatch.ops import (
     Slots,
     gather_rows,
@@ -43,33 +43,20 @@ class AllToAllDispatcher(TokenDispatcher[AllToAllMetadata]):
     requires_ep = False
     needs_host_sync = True
     bitwise_equal_to = "local"
+    moves = "each token once per chosen expert, both ways"
+    needs = "any c10d backend"
+    choose = "the default with EP; the reference for the others"
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenDispatcher.Config):
         """No keys of its own."""
 
-        def validate(self, limits: DispatchLimits) -> None:
-            """Refuses experts that do not divide evenly over the EP ranks."""
-            if limits.num_experts % limits.ep_size:
-                raise ValueError(
-                    f"num_experts ({limits.num_experts}) must be divisible by "
-                    f"parallelism.expert_parallel_degree ({limits.ep_size})"
-                )
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.ep_mesh: DeviceMesh | None = None
-
-    def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits) -> None:
-        """Keeps the mesh whose ranks share the experts, rank r owning ids ``[r * e, (r + 1) * e)``."""
-        self.ep_mesh = ep_mesh
-
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
     ) -> Dispatched[AllToAllMetadata]:
         """See the contract in ``base``. One host sync, for the splits."""
-        sent = slots_by_key(routing.topk_expert_ids_TK)
         counts = exchange_counts(routing.num_tokens_per_expert_E, self.ep_mesh)
+        sent = slots_by_key(routing.topk_expert_ids_TK, routing.present_TK, counts.num_rows_sent)
         rows_RD = exchange_rows(gather_rows(x_TD, sent), counts.rows, self.ep_mesh)
         received = rank_to_expert_major(counts.num_tokens_Se, rows_RD.shape[0])
         metadata = AllToAllMetadata.extend(
@@ -77,7 +64,21 @@ class AllToAllDispatcher(TokenDispatcher[AllToAllMetadata]):
         )
         return Dispatched(gather_rows(rows_RD, received), counts.num_tokens_Se.sum(0), metadata)
 
-    def combine(self, y_RD: torch.Tensor, metadata: AllToAllMetadata) -> torch.Tensor:
+    def start_combine(self, y_RD: torch.Tensor, metadata: AllToAllMetadata) -> torch.Tensor:
         """See the contract in ``base``. The mirror of ``dispatch``; no host sync."""
-        y_ND = exchange_rows(sum_rows(y_RD, metadata.received), metadata.splits.back(), self.ep_mesh)
-        return weighted_sum(y_ND, metadata.topk_scores_TK, metadata.sent)
+        return start_exchange(sum_rows(y_RD, metadata.received), metadata.splits.back(), self.ep_mesh)
+
+    def finish_combine(self, in_flight: torch.Tensor, metadata: AllToAllMetadata) -> torch.Tensor:
+        """See the contract in ``base``."""
+        return weighted_sum(wait(in_flight), metadata.topk_scores_TK, metadata.sent)
+
+    def traffic(self, metadata: AllToAllMetadata, itemsize: int) -> Traffic:
+        """See the contract in ``base``."""
+        row_bytes, rows = metadata.dim * itemsize, metadata.splits
+        sent, returned = sum(rows.sent), sum(rows.received)
+        return Traffic(sent, sent * row_bytes, returned, returned * row_bytes)
+
+    def uniform_rows_per_token(self, limits: DispatchLimits) -> tuple[float, float]:
+        """K each way; none without EP."""
+        rows = float(limits.top_k if limits.ep_size > 1 else 0)
+        return rows, rows

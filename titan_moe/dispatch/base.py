@@ -118,12 +118,28 @@ class Routing(NamedTuple):
     Attributes:
         topk_scores_TK: weights of the chosen experts, fp32 (fp64 when the gate ran in fp64).
         topk_expert_ids_TK: int64, K different ids in [0, E) per row; the column is the top-k slot.
-        num_tokens_per_expert_E: int64, this rank's own tokens per expert.
+        num_tokens_per_expert_E: int64, this rank's own tokens per expert, masked picks left out.
+        present_TK: bool; where False the pick is masked (its id may be -1): it goes to no expert, adds
+            nothing to the output, and its score gets a zero gradient. None: every pick is there.
     """
 
     topk_scores_TK: torch.Tensor
     topk_expert_ids_TK: torch.Tensor
     num_tokens_per_expert_E: torch.Tensor
+    present_TK: torch.Tensor | None = None
+
+
+class Traffic(NamedTuple):
+    """What one rank hands to the network in one forward, the rows it sends to itself included.
+
+    Bytes are those of rows and of what travels with each of them (ids, scores), without the exchange of
+    counts. Backward sends the mirror of it, except where a dispatcher says otherwise.
+    """
+
+    dispatch_rows: int = 0
+    dispatch_bytes: int = 0
+    combine_rows: int = 0
+    combine_bytes: int = 0
 
 
 M = TypeVar("M", bound=DispatchMetadata)
@@ -145,13 +161,18 @@ class Dispatched(NamedTuple, Generic[M]):
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchLimits:
-    """The sizes a backend may rely on for the whole run, computed once from the config."""
+    """What a backend may rely on for the whole run, computed once from the config, the same on every rank."""
 
     num_experts: int  # E
     top_k: int  # K
     dim: int  # D
     ep_size: int
     num_max_tokens_per_rank: int  # num_local_tokens_after_padding of the longest batch
+    dtype: torch.dtype = torch.bfloat16  # of the rows
+    device_type: str = "cpu"
+    compiled: bool = False  # the layer runs under torch.compile
+    num_expert_groups: int | None = None  # G, with group-limited routing
+    num_limited_groups: int | None = None  # groups a token may use
 
 
 class TokenDispatcher(Configurable, ABC, Generic[M]):
@@ -164,6 +185,9 @@ class TokenDispatcher(Configurable, ABC, Generic[M]):
     requires_ep: ClassVar[bool]  # refuses to run without an EP mesh
     needs_host_sync: ClassVar[bool]  # dispatch waits for the device once
     bitwise_equal_to: str | None  # "local" when outputs carry the same bits, else None
+    moves: ClassVar[str]  # for docs/dispatchers.md: what leaves a rank
+    needs: ClassVar[str]  # for docs/dispatchers.md
+    choose: ClassVar[str]  # for docs/dispatchers.md: when
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # Config keys the contract tests go through
 
     @dataclass(kw_only=True, slots=True)
@@ -175,19 +199,31 @@ class TokenDispatcher(Configurable, ABC, Generic[M]):
 
         def validate(self, limits: DispatchLimits) -> None:
             """Raises ValueError when this backend cannot work within ``limits``."""
+            if limits.num_experts % limits.ep_size:
+                raise ValueError(
+                    f"num_experts ({limits.num_experts}) must be divisible by "
+                    f"parallelism.expert_parallel_degree ({limits.ep_size})"
+                )
 
     def __init__(self, config: Config) -> None:
         self.num_experts = config.num_experts
         self.top_k = config.top_k
+        self.ep_mesh: DeviceMesh | None = None
 
     def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits) -> None:
-        """Ties the dispatcher to its EP mesh (None: EP is off). Called once, before the first step."""
+        """Ties the dispatcher to its EP mesh (None: EP is off). Called once, before the first step.
+
+        Rank r of the mesh owns the experts ``[r * e, (r + 1) * e)``.
+        """
+        self.ep_mesh = ep_mesh
+
+    def unbind(self) -> None:
+        """Gives back what ``bind`` took. Collective; called once, before the process groups end."""
 
     @abstractmethod
     def dispatch(self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata) -> Dispatched[M]:
         """Sends each token to its K experts. Collective over the EP mesh; T may be 0 on any rank."""
 
-    @abstractmethod
     def combine(self, y_RD: torch.Tensor, metadata: M) -> torch.Tensor:
         """``(T, D)``: the score-weighted sum of each token's K expert outputs, on its own rank.
 
@@ -195,3 +231,24 @@ class TokenDispatcher(Configurable, ABC, Generic[M]):
         to the dtype of ``y_RD``. A variant that reduces before it sends rounds once more per rank, and
         says so: its ``bitwise_equal_to`` is None.
         """
+        return self.finish_combine(self.start_combine(y_RD, metadata), metadata)
+
+    @abstractmethod
+    def start_combine(self, y_RD: torch.Tensor, metadata: M) -> Any:
+        """The first half of ``combine``: launches what it communicates and does not wait for it."""
+
+    @abstractmethod
+    def finish_combine(self, in_flight: Any, metadata: M) -> torch.Tensor:
+        """The second half: waits for what ``start_combine`` returned, and sums."""
+
+    @abstractmethod
+    def traffic(self, metadata: M, itemsize: int) -> Traffic:
+        """What a forward with this receipt sends. Host numbers, no sync.
+
+        Args:
+            itemsize: bytes per element of the rows.
+        """
+
+    @abstractmethod
+    def uniform_rows_per_token(self, limits: DispatchLimits) -> tuple[float, float]:
+        """The rows that ``dispatch`` and ``combine`` send per token, expected under uniform routing."""

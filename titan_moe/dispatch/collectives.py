@@ -31,6 +31,11 @@ class Counts(NamedTuple):
     rows: Splits = Splits()
     copies: Splits = Splits()
 
+    @property
+    def num_rows_sent(self) -> int | None:
+        """Where ranks were asked; a rank alone has not looked."""
+        return sum(self.rows.sent) if self.rows.sent else None
+
 
 @torch.no_grad()
 def exchange_counts(
@@ -47,21 +52,28 @@ def exchange_counts(
     """
     if ep_mesh is None:
         return Counts(num_tokens_per_expert_E.unsqueeze(0))
-    sent_Se = num_tokens_per_expert_E.view(ep_mesh.size(), -1)
-    copies_S1 = torch.zeros_like(sent_Se[:, :1]) if num_copies_S is None else num_copies_S.unsqueeze(1)
-    sent = torch.cat([sent_Se, copies_S1], dim=1)
+    sent = num_tokens_per_expert_E.view(ep_mesh.size(), -1)
+    num_experts = sent.shape[1]
+    if num_copies_S is not None:
+        sent = torch.cat([sent, num_copies_S.unsqueeze(1)], dim=1)
     received = wait(all_to_all_single(sent, None, None, ep_mesh)).view_as(sent)
-    num_tokens_Se = received[:, :-1]
-    columns = [sent_Se.sum(1), num_tokens_Se.sum(1), sent[:, -1], received[:, -1]]
-    rows_sent, rows_received, copies_sent, copies_received = map(tuple, torch.stack(columns).tolist())
-    return Counts(num_tokens_Se, Splits(rows_sent, rows_received), Splits(copies_sent, copies_received))
+    both = torch.stack([sent, received])
+    totals = torch.cat([both[..., :num_experts].sum(-1), both[..., num_experts:].flatten(1)], dim=1)
+    split = [(tuple(side[: ep_mesh.size()]), tuple(side[ep_mesh.size() :])) for side in totals.tolist()]
+    rows, copies = (Splits(*sides) for sides in zip(*split, strict=True))
+    return Counts(received[:, :num_experts], rows, copies)
 
 
 def exchange_rows(rows_ND: torch.Tensor, splits: Splits, ep_mesh: DeviceMesh | None) -> torch.Tensor:
     """``(R, D)``: this rank's share of all EP ranks' rows, ordered by source rank. Differentiable."""
+    return wait(start_exchange(rows_ND, splits, ep_mesh))
+
+
+def start_exchange(rows_ND: torch.Tensor, splits: Splits, ep_mesh: DeviceMesh | None) -> torch.Tensor:
+    """``exchange_rows`` in flight: ``wait`` before anything else is done with it."""
     if ep_mesh is None:
         return rows_ND
-    return wait(all_to_all_single(rows_ND, list(splits.received), list(splits.sent), ep_mesh))
+    return all_to_all_single(rows_ND, list(splits.received), list(splits.sent), ep_mesh)
 
 
 def wait(tensor: torch.Tensor) -> torch.Tensor:

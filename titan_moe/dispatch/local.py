@@ -11,6 +11,7 @@ from titan_moe.dispatch.base import (
     DispatchMetadata,
     Routing,
     TokenDispatcher,
+    Traffic,
 )
 from titan_moe.dispatch.ops import Slots, gather_rows, slots_by_key, weighted_sum
 
@@ -27,8 +28,11 @@ class LocalDispatcher(TokenDispatcher[LocalMetadata]):
     """Sorts tokens by expert, and sums the K results of each token on the way back. R == N."""
 
     requires_ep = False
-    needs_host_sync = False
+    needs_host_sync = False  # but for masked picks: how many are left decides a shape
     bitwise_equal_to = "local"
+    moves = "nothing"
+    needs = "EP off"
+    choose = "without EP; the reference for the bits of the others"
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenDispatcher.Config):
@@ -51,10 +55,22 @@ class LocalDispatcher(TokenDispatcher[LocalMetadata]):
         self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
     ) -> Dispatched[LocalMetadata]:
         """See the contract in ``base``. No communication."""
-        slots = slots_by_key(routing.topk_expert_ids_TK)
+        slots = slots_by_key(routing.topk_expert_ids_TK, routing.present_TK)
         metadata = LocalMetadata.extend(layout, topk_scores_TK=routing.topk_scores_TK, slots=slots)
         return Dispatched(gather_rows(x_TD, slots), routing.num_tokens_per_expert_E, metadata)
 
-    def combine(self, y_RD: torch.Tensor, metadata: LocalMetadata) -> torch.Tensor:
+    def start_combine(self, y_RD: torch.Tensor, metadata: LocalMetadata) -> torch.Tensor:
         """See the contract in ``base``. No communication."""
-        return weighted_sum(y_RD, metadata.topk_scores_TK, metadata.slots)
+        return y_RD
+
+    def finish_combine(self, in_flight: torch.Tensor, metadata: LocalMetadata) -> torch.Tensor:
+        """See the contract in ``base``."""
+        return weighted_sum(in_flight, metadata.topk_scores_TK, metadata.slots)
+
+    def traffic(self, metadata: LocalMetadata, itemsize: int) -> Traffic:
+        """None."""
+        return Traffic()
+
+    def uniform_rows_per_token(self, limits: DispatchLimits) -> tuple[float, float]:
+        """None."""
+        return 0.0, 0.0

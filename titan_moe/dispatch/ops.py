@@ -28,6 +28,13 @@ class Slots(NamedTuple):
         top_k = self.place_TK.shape[1]
         return self.order_N if top_k == 1 else self.order_N // top_k
 
+    @property
+    def ungrouped(self) -> "Slots":
+        """The same rows, each slot a token of its own: a (T * K, 1) grid."""
+        present_TK = self.present_TK
+        present_N1 = None if present_TK is None else present_TK.view(-1, 1)
+        return Slots(self.order_N, self.place_TK.view(-1, 1), present_N1)
+
     def of_slot(self, rows_ND: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
         """``(T, D)``: the row of each token's slot k in ``dtype``, 0 where it has none."""
         row_TD = rows_ND.index_select(0, self.place_TK[:, k]).to(dtype)
@@ -37,23 +44,23 @@ class Slots(NamedTuple):
         return torch.where(self.present_TK[:, k].unsqueeze(1), row_TD, 0)
 
 
-def slots_by_key(key_TK: torch.Tensor) -> Slots:
-    """All T * K slots as rows, ordered by key, inside a key by slot number (stable)."""
-    order_N = torch.argsort(key_TK.flatten(), stable=True)
-    return Slots(order_N, _invert(order_N).view_as(key_TK))
-
-
-def present_slots_by_key(key_TK: torch.Tensor, present_TK: torch.Tensor, num_rows: int) -> Slots:
-    """The present slots as rows, ordered by key, inside a key by slot number (stable).
+def slots_by_key(
+    key_TK: torch.Tensor, present_TK: torch.Tensor | None = None, num_rows: int | None = None
+) -> Slots:
+    """The slots as rows, ordered by key, inside a key by slot number (stable).
 
     Args:
-        key_TK: int64.
-        present_TK: bool.
-        num_rows: N, how many are present, known on the host already.
+        key_TK: integers; any value where a slot is not present.
+        present_TK: bool: the slots that become rows; None: all T * K.
+        num_rows: how many they are, where the host knows; else asking costs a host sync.
     """
-    last = torch.iinfo(key_TK.dtype).max
-    order, place_TK, _ = slots_by_key(torch.where(present_TK, key_TK, last))
-    return Slots(order[:num_rows], torch.where(present_TK, place_TK, 0), present_TK)
+    if present_TK is None:
+        order_N = torch.argsort(key_TK.flatten(), stable=True)
+        return Slots(order_N, _invert(order_N).view_as(key_TK))
+    order_N, place_TK, _ = slots_by_key(torch.where(present_TK, key_TK, torch.iinfo(key_TK.dtype).max))
+    if num_rows is None:
+        num_rows = int(present_TK.sum())
+    return Slots(order_N[:num_rows], torch.where(present_TK, place_TK, 0), present_TK)
 
 
 def rank_to_expert_major(num_tokens_Se: torch.Tensor, num_rows: int) -> Slots:

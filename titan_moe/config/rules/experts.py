@@ -65,7 +65,14 @@ def dispatcher_serves_the_mesh(facts: Facts) -> None:
     for _, layer in facts.moe_layers:
         config = cast(TokenDispatcher.Config, layer.routed_experts.token_dispatcher)
         try:
-            config.validate(dispatch_limits(layer, training=facts.training, parallelism=facts.parallelism))
+            config.validate(
+                dispatch_limits(
+                    layer,
+                    training=facts.training,
+                    parallelism=facts.parallelism,
+                    compile_config=facts.trainer.compile,
+                )
+            )
         except ValueError as error:
             who = "" if "moe.dispatcher" in str(error) else f"moe.dispatcher {name!r}: "
             raise Broken(f"{who}{error}") from None
