@@ -142,9 +142,9 @@ def run_layer(
         FAULTS[fault](layer)
     seen = _watch(layer)
     dp_rank_of = [rank // mesh.tp for rank in range(ctx.world_size)]
-    x_BLD = ctx.per_rank([_rows(case.params["x_BLD"], rank, dims) for rank in dp_rank_of])
-    grad_BLD = ctx.per_rank([_rows(case.grad_out_BLD, rank, dims) for rank in dp_rank_of])
-    out_BLD = _whole(layer(_placed(x_BLD, dims, mesh)))
+    x_BLD = ctx.per_rank([local_rows(case.params["x_BLD"], rank, dims) for rank in dp_rank_of])
+    grad_BLD = ctx.per_rank([local_rows(case.grad_out_BLD, rank, dims) for rank in dp_rank_of])
+    out_BLD = _whole(layer(placed(x_BLD, dims, mesh)))
     out_BLD.backward(grad_BLD)
     results = {
         "out_BLD": _gather_dp(out_BLD.detach(), dims),
@@ -171,11 +171,11 @@ def _watch(layer: MoE) -> dict[str, Any]:
     return seen
 
 
-def _rows(x_BLD: Tensor, dp_rank: int, dims: ParallelDims) -> Tensor:
+def local_rows(x_BLD: Tensor, dp_rank: int, dims: ParallelDims) -> Tensor:
     return x_BLD.chunk(dims.dp_shard)[dp_rank].detach().clone().requires_grad_(x_BLD.requires_grad)
 
 
-def _placed(x_BLD: Tensor, dims: ParallelDims, mesh: Mesh) -> Tensor:
+def placed(x_BLD: Tensor, dims: ParallelDims, mesh: Mesh) -> Tensor:
     """As torchtitan's models hand it over: Shard(1) over TP with SP, replicated without, plain without TP."""
     if mesh.tp == 1:
         return x_BLD

@@ -277,8 +277,8 @@ def balance_on(
     for mesh in meshes:
         dims = layers.parallel_dims(ctx, mesh)
         layer = layers.on_mesh(layers.build_layer(case, "all_to_all"), dims, mesh)
-        x_BLD = layers._rows(case.params["x_BLD"], ctx.rank // mesh.tp, dims)
-        layer(layers._placed(x_BLD, dims, mesh))
+        x_BLD = layers.local_rows(case.params["x_BLD"], ctx.rank // mesh.tp, dims)
+        layer(layers.placed(x_BLD, dims, mesh))
         balancer = LoadBalancer([nn.ModuleDict({"moe": layer})], dims)
         balancer.groups = balancer.groups[groups]
         balancer.step()

@@ -83,9 +83,20 @@ class LoadBalancer:
         """Per layer: max / mean load, coefficient of variation, experts without a token. Host sync."""
         return {fqn: load_statistics(load_E.tolist()) for fqn, load_E in self.last_load.items()}
 
-    def report_traffic(self) -> Traffic:
-        """Rows and bytes of the last step, over all layers of this stage and all ranks. Host sync."""
-        return Traffic(*self.last_traffic.tolist())
+    def report_traffic(self) -> dict[str, float]:
+        """What the last step's forwards sent, summed over this stage's layers and all ranks. Host sync.
+
+        tokens: routed tokens, once per layer; ``*_rows_if_uniform``: what as many would send on average
+        if all choices of experts were alike.
+        """
+        sums: dict[str, float] = {"tokens": 0, "dispatch_rows_if_uniform": 0, "combine_rows_if_uniform": 0}
+        for fqn, load_E in self.last_load.items():
+            dispatcher = self.layers[fqn].routed_experts.token_dispatcher
+            tokens = load_E.sum().item() / dispatcher.top_k
+            uniform = dispatcher.uniform_rows_per_token(dispatcher.limits) if dispatcher.limits else (0, 0)
+            amounts = (tokens, *(tokens * rows for rows in uniform))
+            sums = {key: sums[key] + amount for key, amount in zip(sums, amounts, strict=True)}
+        return Traffic(*self.last_traffic.tolist())._asdict() | sums
 
 
 def attach_load_balancer(optimizers: Any, model_parts: list[nn.Module], parallel_dims: Any) -> None:

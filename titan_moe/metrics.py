@@ -33,7 +33,7 @@ class MetricsProcessor(upstream.MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """Called on every rank, at logged steps. Gathers the expert load of all pipeline stages."""
+        """Called on every rank, at logged steps. Gathers load and traffic of all pipeline stages."""
         record = {
             "step": step,
             "loss": global_avg_loss,
@@ -45,6 +45,7 @@ class MetricsProcessor(upstream.MetricsProcessor):
                 if key.startswith("lr/")
             },
             "load": self._expert_load(),
+            "traffic": self._traffic(),
         }
         with _without_console():  # its own line reports MFU per device, which says nothing about MoE
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
@@ -60,12 +61,20 @@ class MetricsProcessor(upstream.MetricsProcessor):
 
     def _expert_load(self) -> dict[str, dict[str, float]]:
         optimizers: Any = self.optimizers
-        load = optimizers.load_balancer.report()
-        if not self.parallel_dims.pp_enabled:
-            return load
-        stages: list[Any] = [None] * self.parallel_dims.pp
-        dist.all_gather_object(stages, load, group=self.parallel_dims.get_mesh("pp").get_group())
+        stages = self._of_all_stages(optimizers.load_balancer.report())
         return {fqn: stats for stage in stages for fqn, stats in stage.items()}
+
+    def _traffic(self) -> dict[str, float]:
+        optimizers: Any = self.optimizers
+        stages = self._of_all_stages(optimizers.load_balancer.report_traffic())
+        return {key: sum(stage[key] for stage in stages) for key in stages[0]}
+
+    def _of_all_stages(self, report: dict[str, Any]) -> list[dict[str, Any]]:
+        if not self.parallel_dims.pp_enabled:
+            return [report]
+        stages: list[Any] = [None] * self.parallel_dims.pp
+        dist.all_gather_object(stages, report, group=self.parallel_dims.get_mesh("pp").get_group())
+        return stages
 
     def _write(self, record: dict[str, Any]) -> None:
         if not self.file_is_ours:

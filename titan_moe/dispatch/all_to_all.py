@@ -43,9 +43,9 @@ class AllToAllDispatcher(TokenDispatcher[AllToAllMetadata]):
     requires_ep = False
     needs_host_sync = True
     bitwise_equal_to = "local"
-    moves = "each token once per chosen expert, both ways"
+    moves = "a row per token and chosen expert, both ways"
     needs = "any c10d backend"
-    choose = "the default with EP; the reference for the others"
+    choose = "with EP, as the reference, or for K near the number of EP ranks"
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenDispatcher.Config):

@@ -185,9 +185,9 @@ class TokenDispatcher(Configurable, ABC, Generic[M]):
     requires_ep: ClassVar[bool]  # refuses to run without an EP mesh
     needs_host_sync: ClassVar[bool]  # dispatch waits for the device once
     bitwise_equal_to: str | None  # "local" when outputs carry the same bits, else None
-    moves: ClassVar[str]  # for docs/dispatchers.md: what leaves a rank
-    needs: ClassVar[str]  # for docs/dispatchers.md
-    choose: ClassVar[str]  # for docs/dispatchers.md: when
+    moves: str  # for docs/dispatchers.md: what leaves a rank
+    needs: str  # and what it takes
+    choose: str  # and when to choose it
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # Config keys the contract tests go through
 
     @dataclass(kw_only=True, slots=True)
@@ -209,13 +209,14 @@ class TokenDispatcher(Configurable, ABC, Generic[M]):
         self.num_experts = config.num_experts
         self.top_k = config.top_k
         self.ep_mesh: DeviceMesh | None = None
+        self.limits: DispatchLimits | None = None
 
     def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits) -> None:
         """Ties the dispatcher to its EP mesh (None: EP is off). Called once, before the first step.
 
         Rank r of the mesh owns the experts ``[r * e, (r + 1) * e)``.
         """
-        self.ep_mesh = ep_mesh
+        self.ep_mesh, self.limits = ep_mesh, limits
 
     def unbind(self) -> None:
         """Gives back what ``bind`` took. Collective; called once, before the process groups end."""

@@ -34,9 +34,9 @@ class DeepEPDispatcher(TokenDispatcher[Any]):
 
     requires_ep = True
     needs_host_sync = True
-    moves = "each token once per rank that owns one of its experts, and 8 bytes per pick; the sums come back"
-    needs = "any c10d backend; or the DeepEP library (CUDA, bf16)"
-    choose = "few EP ranks for many experts per token, or group-limited routing; per_slot for the bits"
+    moves = "a row per token and rank that owns one of its experts, both ways; 8 bytes per chosen expert"
+    needs = "EP; any c10d backend, or the DeepEP library with CUDA and bf16"
+    choose = "with many experts per token and few EP ranks, or with group-limited routing"
     variants = (
         {"transport": "c10d", "combine": "per_rank"},
         {"transport": "c10d", "combine": "per_slot"},
@@ -68,14 +68,19 @@ class DeepEPDispatcher(TokenDispatcher[Any]):
         super().__init__(config)
         self.config = config
         self.per_slot = config.combine == "per_slot"
-        self.bitwise_equal_to = "local" if self.per_slot else None
+        self.bitwise_equal_to = None
+        if self.per_slot:
+            self.bitwise_equal_to = "local"
+            self.moves = "a row per token and rank that owns one of its experts; back, one per chosen expert"
+            self.needs = "EP; any c10d backend"
+            self.choose = "as above, where bits count"
         self.transport: PerRank | PerSlot | Library | None = None
 
     def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits) -> None:
         """See the contract in ``base``. Collective where the library carries the rows: it makes a buffer."""
         if ep_mesh is None:
             raise ValueError("the deepep dispatcher needs an EP mesh; use 'all_to_all' or 'local' without EP")
-        self.ep_mesh = ep_mesh
+        super().bind(ep_mesh, limits)
         if self.config.why_not_library(limits) is None:
             self.transport = Library(ep_mesh.get_group(), self.num_experts, limits)
         else:

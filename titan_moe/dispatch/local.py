@@ -32,7 +32,7 @@ class LocalDispatcher(TokenDispatcher[LocalMetadata]):
     bitwise_equal_to = "local"
     moves = "nothing"
     needs = "EP off"
-    choose = "without EP; the reference for the bits of the others"
+    choose = "without EP"
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenDispatcher.Config):
@@ -47,9 +47,10 @@ class LocalDispatcher(TokenDispatcher[LocalMetadata]):
                 )
 
     def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits) -> None:
-        """Nothing to tie; a mesh of more than one rank is refused."""
+        """See the contract in ``base``; a mesh of more than one rank is refused."""
         if ep_mesh is not None and ep_mesh.size() > 1:
             raise ValueError(f"the local dispatcher cannot be bound to an EP mesh of {ep_mesh.size()} ranks")
+        super().bind(ep_mesh, limits)
 
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
