@@ -71,7 +71,7 @@ def _rank(rank: int, store: str, name: str, variant: int) -> None:
     generator = torch.Generator().manual_seed(rank)
     total = torch.zeros(len(Traffic._fields), dtype=torch.int64)
     for _ in range(TOKENS // EP_SIZE // CHUNK):
-        total += torch.tensor(_send_chunk(dispatcher, generator))
+        total += torch.tensor(send_chunk(dispatcher, generator))
     dist.all_reduce(total)
     if rank == 0:
         torch.save(total, f"{store}.sum")
@@ -80,13 +80,17 @@ def _rank(rank: int, store: str, name: str, variant: int) -> None:
 
 
 @torch.no_grad()
-def _send_chunk(dispatcher: Any, generator: torch.Generator) -> Traffic:
-    """Rows out and back; the experts hand on what they get."""
-    x_TD = torch.ones(CHUNK, DIM, dtype=torch.bfloat16)
-    ids_TK = torch.rand(CHUNK, NUM_EXPERTS, generator=generator).topk(TOP_K).indices
+def send_chunk(
+    dispatcher: Any, generator: torch.Generator, num_tokens: int = CHUNK, dim: int = DIM
+) -> Traffic:
+    """Rows out and back, uniformly routed; the experts hand on what they get."""
+    x_TD = torch.ones(num_tokens, dim, dtype=torch.bfloat16)
+    ids_TK = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).topk(TOP_K).indices
     counts_E = torch.bincount(ids_TK.flatten(), minlength=NUM_EXPERTS)
     routing = Routing(torch.full(ids_TK.shape, 1 / TOP_K), ids_TK, counts_E)
-    layout = DispatchMetadata.of(local_batch_size=1, local_seq_len=CHUNK, dim=DIM, global_seq_len=CHUNK)
+    layout = DispatchMetadata.of(
+        local_batch_size=1, local_seq_len=num_tokens, dim=dim, global_seq_len=num_tokens
+    )
     sent = dispatcher.dispatch(x_TD, routing, layout)
     assert torch.equal(dispatcher.combine(sent.x_RD, sent.metadata), x_TD)
     return dispatcher.traffic(sent.metadata, x_TD.element_size())
