@@ -21,11 +21,12 @@ PACKAGE = "titan_moe"
 LAYERS: tuple[set[str], ...] = (
     {"train", "bench"},
     {"config"},
-    {"numerics", "replay", "metrics"},
+    {"numerics", "metrics"},
     {"models"},
     {"parallelize"},
     {"sharding"},
     {"moe"},
+    {"replay"},
     {"router", "border", "load_balance", "dispatch.<backend>"},
     {"dispatch.<part>"},
     {"dispatch.ops", "dispatch.collectives", "dispatch.uniform"},

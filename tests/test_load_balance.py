@@ -113,7 +113,7 @@ class TestCountsUnderCheckpointing:
     def test_a_counter_that_counts_recomputation_is_noticed(
         self, ac: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(load_balance, "_is_recomputing", lambda: False)
+        monkeypatch.setattr(load_balance, "is_recomputing", lambda: False)
         found, _ = counts_under(ac)
         assert found == [[2 * n for n in per_layer] for per_layer in expected_counts()]
 

@@ -36,7 +36,7 @@ def train(ctx: RankContext, argv: list[str], gradients: str | None = None) -> di
     job = load(argv, world_size=ctx.world_size)
     model: Any = job.trainer.model_spec.model
     model.layers = model.layers[:NUM_LAYERS]
-    trainer = Trainer(Trainer.Config.of(job.trainer))
+    trainer = Trainer(Trainer.Config.of(job))
     results: dict[str, Any] = {}
     trainer.optimizers.register_step_pre_hook(lambda *_: _watch_first_step(trainer, gradients, results))
     try:

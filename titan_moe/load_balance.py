@@ -17,9 +17,10 @@ def count_tokens(
     """Adds a forward's counts to the running ones: once per training forward.
 
     Neither eval nor the recomputation of activation checkpointing counts, so the numbers are the
-    same under AC none, selective and full. The padding of uneven shards is never routed, so never counted.
+    same under AC none, selective and full. The padding of uneven shards is never routed, so never counted;
+    tokens that a replay marks as padding are routed, and not counted.
     """
-    if training and not _is_recomputing():
+    if training and not is_recomputing():
         tokens_per_expert_E.add_(num_tokens_per_expert_E)
 
 
@@ -30,12 +31,12 @@ def count_traffic(counters: torch.Tensor, traffic: Traffic, *, training: bool) -
     Args:
         counters: int64, one per field of Traffic.
     """
-    if training and not _is_recomputing():
+    if training and not is_recomputing():
         for counter, amount in zip(counters.unbind(), traffic, strict=True):
             counter.add_(amount)
 
 
-def _is_recomputing() -> bool:
+def is_recomputing() -> bool:
     """A forward that autograd started is a recomputation: id -1 means no backward is running."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

@@ -140,9 +140,9 @@ class MoE(Module):
             x_BLD: a plain tensor, or a DTensor on the TP mesh: ``Shard(1)`` with SP, else replicated.
         """
         x_TD, layout = self.border.enter(x_BLD)
-        routing = self.router(x_TD, self.expert_bias_E)
+        routing = self.router(x_TD, self.expert_bias_E, layout)
         in_flight = self.routed_experts(x_TD, routing, layout)
-        count_tokens(self.tokens_per_expert_E, routing.num_tokens_per_expert_E, training=self.training)
+        count_tokens(self.tokens_per_expert_E, routing.counted_E, training=self.training)
         traffic = self.routed_experts.token_dispatcher.traffic(in_flight.receipt, x_TD.element_size())
         count_traffic(self.traffic, traffic, training=self.training)
         shared_BLD = self.shared_experts(x_BLD) if self.shared_experts is not None else None

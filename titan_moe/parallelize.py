@@ -15,6 +15,8 @@ from torchtitan.models.deepseek_v3.mtp import MTPDecoder, apply_fsdp_to_mtp_deco
 from torchtitan.tools.utils import device_type
 
 from titan_moe.moe import MoE
+from titan_moe.replay.regions import Regions
+from titan_moe.replay.slots import bind_slots
 from titan_moe.sharding import dispatch_limits, shard_moe
 
 
@@ -27,6 +29,7 @@ def parallelize(
     compile_config: CompileConfig,
     ac_config: ActivationCheckpointing.Config | None,
     dump_folder: str,
+    recompute_pin: bool = True,
 ) -> Decoder:
     """Shards, binds and wraps ``model`` in place. Each call below needs the ones above it.
 
@@ -34,6 +37,7 @@ def parallelize(
         model: on the meta device, with MoE layers of ours (``models.swap_moe``).
         parallel_dims: its meshes decide which calls do anything.
         ac_config: None switches activation checkpointing off.
+        recompute_pin: recomputation routes as its forward did, even where its scores come out different.
     """
     blocks: list[Any] = list(model.layers.values())
     layers = [module for module in model.modules() if isinstance(module, MoE)]
@@ -55,6 +59,11 @@ def parallelize(
         ac_config.build(dump_folder=dump_folder).apply(model)
     if compile_config.enable and "model" in compile_config.components:
         apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
+    else:
+        regions = Regions()
+        bind_slots(model, regions)
+        if recompute_pin:
+            regions.pin(model)
     _apply_fsdp(model, parallel_dims, training, parallelism)
     return model
 

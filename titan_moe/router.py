@@ -3,8 +3,10 @@
 The shape legend is in ``titan_moe/moe.py``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,42 @@ from torch.distributed.tensor import DTensor, Partial
 from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
-from titan_moe.dispatch.base import Routing
+from titan_moe.dispatch.base import DispatchMetadata, Routing
+
+
+class Choice(NamedTuple):
+    """Which experts T tokens go to.
+
+    Attributes:
+        ids_TK: int64, K different ids in [0, E) per row.
+        weightless_TK: bool, picks whose weight is 0 and gets no gradient; None: none.
+        load_T: bool, tokens that count as load; None: all.
+        origin: handed on in Routing.
+    """
+
+    ids_TK: torch.Tensor
+    weightless_TK: torch.Tensor | None = None
+    load_T: torch.Tensor | None = None
+    origin: Any = None
+
+
+class Query(NamedTuple):
+    """What a router asks its source.
+
+    Attributes:
+        live: the router's own top-k, ``(T, K)``, when called.
+        ranking: what that orders by, ``(T, E)``, when called: biased, -inf outside a token's groups.
+        layout: whose tokens these are; None where the caller did not say.
+    """
+
+    live: Callable[[], torch.Tensor]
+    ranking: Callable[[], torch.Tensor]
+    layout: DispatchMetadata | None
+
+
+def live(query: Query) -> Choice:
+    """The source of a router that decides for itself."""
+    return Choice(query.live())
 
 
 class TokenChoiceTopKRouter(Module):
@@ -45,21 +82,33 @@ class TokenChoiceTopKRouter(Module):
         super().__init__()
         self.config = config
         self.gate = config.gate.build()
+        self.source: Callable[[Query], Choice] = live
 
-    def forward(self, x_TD: torch.Tensor, expert_bias_E: torch.Tensor | None = None) -> Routing:
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        expert_bias_E: torch.Tensor | None = None,
+        layout: DispatchMetadata | None = None,
+    ) -> Routing:
         """Routes local tokens; T may be 0.
 
         Args:
             x_TD: ``(T, D)`` plain local tensor.
             expert_bias_E: ``(E,)`` added to the scores for selection only.
+            layout: whose tokens these are, for a ``source`` that knows them by name.
         """
         scores_TE = self._scores(x_TD)
-        topk_expert_ids_TK = self._select(scores_TE.detach(), expert_bias_E)
-        topk_scores_TK = scores_TE.gather(1, topk_expert_ids_TK)
+        biased = (scores_TE.detach(), expert_bias_E)
+        choice = self.source(Query(partial(self._select, *biased), partial(self._ranking, *biased), layout))
+        topk_scores_TK = scores_TE.gather(1, choice.ids_TK)
+        if choice.weightless_TK is not None:
+            topk_scores_TK = topk_scores_TK.masked_fill(choice.weightless_TK, 0)
         if self.config.route_norm:
             topk_scores_TK = topk_scores_TK / (topk_scores_TK.sum(-1, keepdim=True) + 1e-20)
         topk_scores_TK = topk_scores_TK * self.config.route_scale
-        return Routing(topk_scores_TK, topk_expert_ids_TK, self._count(topk_expert_ids_TK))
+        load_E = None if choice.load_T is None else self._count(choice.ids_TK, choice.load_T)
+        counts_E = self._count(choice.ids_TK)
+        return Routing(topk_scores_TK, choice.ids_TK, counts_E, load_E=load_E, origin=choice.origin)
 
     def _scores(self, x_TD: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
@@ -79,6 +128,10 @@ class TokenChoiceTopKRouter(Module):
         if self.config._debug_force_load_balance:
             slots_N = torch.arange(scores_TE.shape[0] * self.config.top_k, device=scores_TE.device)
             return (slots_N % self.config.num_experts).view(-1, self.config.top_k)
+        return _top_k(self._ranking(scores_TE, expert_bias_E), self.config.top_k)
+
+    @torch.no_grad()
+    def _ranking(self, scores_TE: torch.Tensor, expert_bias_E: torch.Tensor | None) -> torch.Tensor:
         if expert_bias_E is not None:
             scores_TE = scores_TE + expert_bias_E.to(scores_TE.dtype)
         if self.config.num_expert_groups is not None:
@@ -86,12 +139,15 @@ class TokenChoiceTopKRouter(Module):
             scores_TE = _keep_best_groups(
                 scores_TE, self.config.num_expert_groups, self.config.num_limited_groups
             )
-        return _top_k(scores_TE, self.config.top_k)
+        return scores_TE
 
-    def _count(self, topk_expert_ids_TK: torch.Tensor) -> torch.Tensor:
+    def _count(self, ids_TK: torch.Tensor, counts_T: torch.Tensor | None = None) -> torch.Tensor:
         """``(E,)`` int64. Integer adds: the order in which they happen cannot show."""
-        ids_N = topk_expert_ids_TK.flatten()
-        return ids_N.new_zeros(self.config.num_experts).scatter_add_(0, ids_N, torch.ones_like(ids_N))
+        ones_TK = torch.ones_like(ids_TK)
+        if counts_T is not None:
+            ones_TK = ones_TK * counts_T.unsqueeze(1)
+        totals_E = ids_TK.new_zeros(self.config.num_experts)
+        return totals_E.scatter_add_(0, ids_TK.flatten(), ones_TK.flatten())
 
 
 def _keep_best_groups(scores_TE: torch.Tensor, num_groups: int, num_limited_groups: int) -> torch.Tensor:

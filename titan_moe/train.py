@@ -1,15 +1,17 @@
 """``python -m titan_moe.train CONFIG.toml [--section.key value ...]``, under torchrun: run_train.sh."""
 
 import dataclasses
+import itertools
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed import ParallelDims
@@ -17,9 +19,11 @@ from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.trainer import Trainer as TorchtitanTrainer
 
-from titan_moe.config import ConfigError, load, write_resolved
+from titan_moe.config import ConfigError, Job, load, write_resolved
 from titan_moe.metrics import MetricsProcessor
 from titan_moe.parallelize import unbind
+from titan_moe.replay.section import RoutingReplay
+from titan_moe.replay.training import Place, TrainingReplay
 
 
 class Trainer(TorchtitanTrainer):
@@ -30,11 +34,13 @@ class Trainer(TorchtitanTrainer):
         """torchtitan 0.3.0's fields."""
 
         wants_sequence_parallel: bool = False  # set by the trainer, see init_distributed
+        routing_replay: RoutingReplay = field(default_factory=RoutingReplay)
 
         @classmethod
-        def of(cls, config: TorchtitanTrainer.Config) -> "Trainer.Config":
-            """``config`` with our metrics in the place of torchtitan's."""
-            return _as(cls, config, metrics=_as(MetricsProcessor.Config, config.metrics))
+        def of(cls, job: Job) -> "Trainer.Config":
+            """``job``'s config with our metrics in the place of torchtitan's, and our sections."""
+            metrics = _as(MetricsProcessor.Config, job.trainer.metrics)
+            return _as(cls, job.trainer, metrics=metrics, routing_replay=job.routing_replay)
 
         def maybe_log(self) -> None:
             """Gives back what ``init_distributed`` took, then as torchtitan."""
@@ -46,6 +52,16 @@ class Trainer(TorchtitanTrainer):
         assert config.parallelism.enable_sequence_parallel == config.wants_sequence_parallel, (
             "torchtitan's constructor no longer calls maybe_log after init_distributed"
         )
+        self.replay: TrainingReplay | None = None
+        if config.routing_replay.mode != "off" and not config.checkpoint.create_seed_checkpoint:
+            spec: Any = config.model_spec
+            self.replay = TrainingReplay(
+                config.routing_replay,
+                self.model_parts,
+                self._place(),
+                model=f"{spec.name}/{spec.flavor}",
+                dump_folder=config.dump_folder,
+            )
 
     def init_distributed(self) -> ParallelDims:
         """As torchtitan, and allows a sequence length that TP does not divide.
@@ -58,6 +74,45 @@ class Trainer(TorchtitanTrainer):
         config.wants_sequence_parallel = config.parallelism.enable_sequence_parallel
         config.parallelism.enable_sequence_parallel = False
         return parallel_dims
+
+    def train_step(self, data_iterator: Iterator[Any]) -> None:
+        """As torchtitan, with routes recorded or replayed."""
+        if self.replay is None:
+            return super().train_step(data_iterator)
+        self.microbatches = itertools.count()
+        with self.replay.step(self.step):
+            super().train_step(self.replay.watched(data_iterator))
+        if self.replay.summary:
+            logger.info(f"step {self.step:>5}  {self.replay.summary}")
+
+    def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
+        """As torchtitan; in a microbatch of its own."""
+        if self.replay is None:
+            return super().forward_backward_step(**kwargs)
+        with self.replay.microbatch(next(self.microbatches), self.device):
+            return super().forward_backward_step(**kwargs)
+
+    def close(self) -> None:
+        """As torchtitan, and finishes a recording."""
+        super().close()
+        replay: TrainingReplay | None = getattr(self, "replay", None)  # None: the constructor failed
+        if replay is not None:
+            replay.close()
+
+    def _place(self) -> Place:
+        config, dims = self.config, self.parallel_dims
+        batch = dims.get_optional_mesh("batch")
+        parallelism, training = config.parallelism, config.training
+        return Place(
+            dp_rank=batch.get_local_rank() if batch is not None else 0,
+            dp_size=batch.size() if batch is not None else 1,
+            local_batch_size=training.local_batch_size,
+            accumulation=self.gradient_accumulation_steps,
+            seq_len=training.seq_len,
+            ep_size=parallelism.expert_parallel_degree,
+            replica=dims.tp_enabled and not dims.ep_enabled and dims.get_mesh("tp").get_local_rank() > 0,
+            mesh=f"dp {dims.dp_replicate * dims.dp_shard} tp {dims.tp} ep {dims.ep}",
+        )
 
 
 @record  # torchrun then shows which rank failed and why, even when LOG_RANK hides it
@@ -80,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output_dir=job.trainer.dump_folder,
         enable=job.trainer.debug.enable_structured_logging,
     )
-    run(Trainer.Config.of(job.trainer))
+    run(Trainer.Config.of(job))
     logger.info(f"metrics: {Path(job.trainer.dump_folder) / 'metrics.jsonl'}")
 
 

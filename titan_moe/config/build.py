@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import MISSING, dataclass
+from functools import partial
 from typing import Any, Literal, NoReturn, cast, get_args, get_origin
 
 from torchtitan.components.optimizer import OptimizersContainer
@@ -25,6 +26,8 @@ from titan_moe.config.sections import (
 from titan_moe.config.toml import COMMAND_LINE, Given, Settings, Text, leaves
 from titan_moe.dispatch.base import TokenDispatcher
 from titan_moe.moe import MoE
+from titan_moe.parallelize import parallelize
+from titan_moe.replay.section import RoutingReplay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class Plan:
     trainer: Trainer.Config
     model: ModelSection
     moe: MoESection
+    routing_replay: RoutingReplay
 
     @property
     def spec(self) -> ModelSpec:
@@ -68,11 +72,13 @@ class _Builder:
             backends = {name: table for name, table in moe_table.items() if name in dispatch.DISPATCHERS}
             values["moe"] = {name: value for name, value in moe_table.items() if name not in backends}
         kwargs = self._kwargs("", values, Root)
-        model, moe = kwargs.pop("model"), kwargs.pop("moe")
+        model, moe, replay = (kwargs.pop(name) for name in ("model", "moe", "routing_replay"))
         kwargs["optimizer"] = self._optimizer(kwargs["optimizer"])
         spec = self._spec(model, moe, backends)
+        if not replay.recompute_pin and replay.mode == "off":
+            spec.parallelize_fn = partial(parallelize, recompute_pin=False)
         trainer = self._construct("", Trainer.Config, None, kwargs | {"model_spec": spec})
-        return Plan(trainer=trainer, model=model, moe=moe)
+        return Plan(trainer=trainer, model=model, moe=moe, routing_replay=replay)
 
     def _spec(self, model: ModelSection, moe: MoESection, backends: dict[str, Any]) -> ModelSpec:
         options = {}

@@ -14,6 +14,8 @@ from titan_moe.config.errors import ConfigError
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
 
+    from titan_moe.replay.section import RoutingReplay
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -21,11 +23,13 @@ class Job:
 
     Attributes:
         trainer: torchtitan's config, its ``model_spec`` set.
+        routing_replay: ours, for ``titan_moe.train``.
         resolved: every section, key and value in force, in the file format.
         config_file: where it came from.
     """
 
     trainer: "Trainer.Config"
+    routing_replay: "RoutingReplay"
     resolved: dict[str, Any]
     config_file: Path
 
@@ -50,7 +54,12 @@ def load(argv: Sequence[str], *, world_size: int | None = None) -> Job:
 
     plan = build(settings)
     rules.check(plan, world_size=world_size, settings=settings)
-    return Job(trainer=plan.trainer, resolved=resolve(plan), config_file=settings.config_file)
+    return Job(
+        trainer=plan.trainer,
+        routing_replay=plan.routing_replay,
+        resolved=resolve(plan),
+        config_file=settings.config_file,
+    )
 
 
 def write_resolved(job: Job, path: Path) -> None:

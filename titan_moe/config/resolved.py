@@ -17,6 +17,7 @@ def resolve(plan: Plan) -> dict[str, Any]:
     None, which TOML lacks, is the string ``"none"``.
     """
     resolved = {"model": _value("model", plan.model), "moe": _moe(plan)}
+    resolved["routing_replay"] = _value("routing_replay", plan.routing_replay)
     for name in keys_of(Trainer.Config):
         value = getattr(plan.trainer, name)
         resolved[name] = _value(name, OptimizerSection.of(value) if name == "optimizer" else value)

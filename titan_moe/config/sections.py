@@ -20,6 +20,7 @@ from torchtitan.tools.utils import device_type
 from torchtitan.trainer import Trainer
 
 from titan_moe.data import TOKENIZER_DIR, TextDataLoader
+from titan_moe.replay.section import RoutingReplay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +190,7 @@ class Root(Trainer.Config):
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     model: ModelSection
     moe: MoESection = field(default_factory=MoESection)
+    routing_replay: RoutingReplay = field(default_factory=RoutingReplay)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,12 +121,21 @@ class Routing(NamedTuple):
         num_tokens_per_expert_E: int64, this rank's own tokens per expert, masked picks left out.
         present_TK: bool; where False the pick is masked (its id may be -1): it goes to no expert, adds
             nothing to the output, and its score gets a zero gradient. None: every pick is there.
+        load_E: int64, the tokens per expert that count as load; None: all of them.
+        origin: for the check of a routing replay: where the ids come from. Dispatchers ignore it.
     """
 
     topk_scores_TK: torch.Tensor
     topk_expert_ids_TK: torch.Tensor
     num_tokens_per_expert_E: torch.Tensor
     present_TK: torch.Tensor | None = None
+    load_E: torch.Tensor | None = None
+    origin: Any = None
+
+    @property
+    def counted_E(self) -> torch.Tensor:
+        """``(E,)`` int64: the tokens that count as load."""
+        return self.num_tokens_per_expert_E if self.load_E is None else self.load_E
 
 
 class Traffic(NamedTuple):

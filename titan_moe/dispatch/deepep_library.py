@@ -18,10 +18,13 @@ from titan_moe.dispatch.ops import Slots, gather_rows, slots_by_key, weighted_su
 
 logger = logging.getLogger(__name__)
 
+# From commit 655d77e on, combine's weights are right across nodes; from 2.5 on, there is no ElasticBuffer.
 INSTALL = (
-    "install version 2.0 or newer from https://github.com/deepseek-ai/DeepEP (it needs torch >= 2.10, "
-    "NCCL >= 2.30.4, SM90; PyPI's deep_ep is not it)"
+    "install DeepEP 2 (before 2.5, commit 655d77e or later) from https://github.com/deepseek-ai/DeepEP; it "
+    "needs torch >= 2.10, NCCL >= 2.30.4 and SM90, and PyPI's deep_ep is not it"
 )
+HIDDEN_MULTIPLE, MAX_TOP_K = 256, 32  # what its combine kernels are written for
+NUM_SMS = 20  # where its estimate fails
 
 
 def why_not(limits: DispatchLimits) -> str | None:
@@ -31,11 +34,18 @@ def why_not(limits: DispatchLimits) -> str | None:
     if limits.dtype != torch.bfloat16:
         dtype = str(limits.dtype).removeprefix("torch.")
         return f"the DeepEP library moves bfloat16 rows, training.mixed_precision_param is {dtype}"
+    if limits.dim % HIDDEN_MULTIPLE or limits.top_k > MAX_TOP_K:
+        return (
+            f"the DeepEP library has kernels for dims that are multiples of {HIDDEN_MULTIPLE} and at most "
+            f"{MAX_TOP_K} experts per token; this layer has {limits.dim} and {limits.top_k}"
+        )
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        return "the DeepEP library needs a GPU of SM90 (Hopper) or newer"
     if limits.compiled:
         return "the DeepEP library cannot be traced by torch.compile"
     try:
         library = importlib.import_module("deep_ep")
-    except (ImportError, OSError, AssertionError) as error:  # the last: its own check of NCCL
+    except Exception as error:  # its import checks NCCL and starts a compiler, and may fail in any way
         return f"the DeepEP library does not load ({' '.join(str(error).split())}); {INSTALL}"
     if not hasattr(library, "ElasticBuffer"):
         version = getattr(library, "__version__", "of unknown version")
@@ -127,7 +137,9 @@ class Library:
             F.pad(x_TD, pad), F.pad(scores_TK, pad), F.pad(ids_TK, pad, value=-1), shared, self.num_experts
         )
         num_rows = sum(handle.num_recv_tokens_per_expert_list)
-        experts = slots_by_key(local_ids_UK, local_ids_UK >= 0, num_rows)
+        here_UK = local_ids_UK >= 0
+        experts = slots_by_key(local_ids_UK, here_UK, num_rows)
+        scores_UK = torch.where(here_UK, scores_UK, 0)  # the library does not say what the others are
         ends_e = handle.psum_num_recv_tokens_per_expert.to(torch.int64)
         counts_e = ends_e.diff(prepend=ends_e.new_zeros(1))
         metadata = LibraryMetadata.extend(layout, handle=handle, experts=experts, scores_UK=scores_UK)
@@ -151,7 +163,18 @@ class Library:
         return Traffic(rows, rows * (row_bytes + top_k * (8 + 4)), rows, rows * row_bytes)
 
 
+def _num_sms(buffer: Any, num_experts: int, top_k: int) -> int:
+    try:
+        return buffer.get_theoretical_num_sms(num_experts, top_k)
+    except ZeroDivisionError:  # it read a bandwidth of 0 off some multi-node networks
+        return NUM_SMS
+
+
 def _make_buffer(group: dist.ProcessGroup, sizes: Sizes) -> Any:
+    if torch.cuda.is_available():
+        # NCCL connects with the first collective, and the library takes a communicator that is not there yet
+        # for one that is (deepseek-ai/DeepEP#726).
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
     buffer = importlib.import_module("deep_ep").ElasticBuffer(
         group,
         num_max_tokens_per_rank=sizes.num_tokens,
@@ -177,6 +200,7 @@ class _Send(torch.autograd.Function):
             topk_idx=ids.contiguous(),
             topk_weights=scores.contiguous(),
             num_experts=num_experts,
+            num_sms=_num_sms(shared.buffer, num_experts, ids.shape[1]),
             num_max_tokens_per_rank=shared.sizes.num_tokens,  # the same on all ranks
             do_cpu_sync=True,
         )

@@ -1,0 +1,195 @@
+"""One slot per router: where it gets its experts from, by layer name, microbatch and call.
+
+Bound by a walk over the live model. A slot keeps nothing: what belongs to a microbatch is in the Microbatch,
+what belongs to a checkpointed forward in its Region.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from titan_moe.dispatch.base import DispatchMetadata
+from titan_moe.load_balance import is_recomputing
+from titan_moe.replay.ids import LayerShape, balanced_ranking, fill_missing
+from titan_moe.replay.regions import Regions
+from titan_moe.router import Choice, Query, TokenChoiceTopKRouter
+
+_WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\.")
+
+
+class Installed(NamedTuple):
+    """Ids to replay in one microbatch.
+
+    Attributes:
+        ids_NGK: ``(B * L, columns, K)`` on the routers' device, MISSING where there is none.
+        columns: which column is whose: by (layer, call).
+        has_missing: whether any is MISSING; told, so that nobody has to look.
+        valid_N: bool, False for padding; None: no padding.
+    """
+
+    ids_NGK: torch.Tensor
+    columns: dict[tuple[str, int], int]
+    has_missing: bool
+    valid_N: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """One forward of the model.
+
+    Attributes:
+        number: in its step.
+        tokens_N: int64 global token index of each place of the (B, L) grid, in that order.
+        calls: how often each layer was called so far.
+    """
+
+    number: int
+    tokens_N: torch.Tensor
+    installed: Installed | None = None
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+class Origin(NamedTuple):
+    """Which invocation a choice belongs to, and the ids that were installed for it."""
+
+    layer: str
+    microbatch: int
+    call: int
+    installed_TK: torch.Tensor | None
+    filled_TK: torch.Tensor | None
+    load_T: torch.Tensor | None
+
+
+class Observer(Protocol):
+    """Sees every choice of a microbatch's forwards; a recorder or a check."""
+
+    def chosen(self, slot: "Slot", microbatch: Microbatch, choice: Choice, query: Query) -> None:
+        """Called once per router call, not in recomputations."""
+
+
+class Slot:
+    """A router's source of experts."""
+
+    def __init__(self, layer: str, router: TokenChoiceTopKRouter, regions: Regions) -> None:
+        self.layer, self.regions = layer, regions
+        self.shape = LayerShape(layer, router.config.num_experts, router.config.top_k)
+        self.routes: Routes | None = None
+        router.source = self
+
+    def __call__(self, query: Query) -> Choice:
+        """The choice of a recomputation's forward; else a replayed one; else the router's own."""
+        return self.regions.choose(self.layer, lambda: self._choose(query))
+
+    def _choose(self, query: Query) -> Choice:
+        return Choice(query.live()) if self.routes is None else self.routes.choose(self, query)
+
+
+def bind_slots(model: nn.Module, regions: Regions) -> list[Slot]:
+    """A slot for every router of ``model``, in the order of its layers."""
+    return [
+        Slot(_WRAPPERS.sub("", name).removesuffix(".router"), module, regions)
+        for name, module in model.named_modules()
+        if isinstance(module, TokenChoiceTopKRouter)
+    ]
+
+
+def slots_of(model: nn.Module) -> list[Slot]:
+    """The slots that are bound to ``model``."""
+    routers = [module for module in model.modules() if isinstance(module, TokenChoiceTopKRouter)]
+    return [router.source for router in routers if isinstance(router.source, Slot)]
+
+
+class Routes:
+    """What the slots of a model consult while a microbatch runs; outside of one they route live."""
+
+    def __init__(
+        self,
+        slots: list[Slot],
+        *,
+        fill: Literal["score", "balanced"] = "score",
+        fill_weight: Literal["live", "zero"] = "live",
+        ep_size: int = 1,
+        observers: tuple[Observer, ...] = (),
+    ) -> None:
+        self.slots = {slot.layer: slot for slot in slots}
+        self.fill, self.fill_weight, self.ep_size = fill, fill_weight, ep_size
+        self.observers = observers
+        self._microbatch: Microbatch | None = None
+        for slot in slots:
+            slot.routes = self
+
+    @contextmanager
+    def microbatch(self, microbatch: Microbatch) -> Iterator[Microbatch]:
+        """Forwards in here belong to ``microbatch``; recomputations find their way from anywhere."""
+        before, self._microbatch = self._microbatch, microbatch
+        try:
+            yield microbatch
+        finally:
+            self._microbatch = before
+
+    def choose(self, slot: Slot, query: Query) -> Choice:
+        """A forward's choice."""
+        microbatch = self._microbatch
+        if microbatch is None:
+            return Choice(query.live())
+        if is_recomputing():
+            raise RuntimeError(
+                f"{slot.layer}: a recomputation outside of a region would be taken for another forward; "
+                "checkpoint with torchtitan's activation_checkpoint or with Regions.contexts"
+            )
+        call = microbatch.calls[slot.layer]
+        microbatch.calls[slot.layer] += 1
+        installed = microbatch.installed
+        if installed is not None and (slot.layer, call) in installed.columns:
+            choice = self._replayed(slot, microbatch, installed, call, query)
+        else:
+            origin = Origin(slot.layer, microbatch.number, call, None, None, None)
+            choice = Choice(query.live(), origin=origin)
+        for observer in self.observers:
+            observer.chosen(slot, microbatch, choice, query)
+        return choice
+
+    def _replayed(
+        self, slot: Slot, microbatch: Microbatch, installed: Installed, call: int, query: Query
+    ) -> Choice:
+        places_T = places(slot.layer, query.layout, installed.ids_NGK)
+        column = installed.columns[slot.layer, call]
+        installed_TK = installed.ids_NGK[:, column].index_select(0, places_T).long()
+        load_T = None if installed.valid_N is None else installed.valid_N.index_select(0, places_T)
+        ids_TK, filled_TK = installed_TK, None
+        if installed.has_missing:
+            ranking_TE = query.ranking()
+            if self.fill == "balanced":
+                tokens_T = microbatch.tokens_N.index_select(0, places_T)
+                _, num_experts, top_k = slot.shape
+                ranking_TE = balanced_ranking(tokens_T, num_experts, top_k, self.ep_size)
+            ids_TK, filled_TK = fill_missing(installed_TK, ranking_TE)
+        return Choice(
+            ids_TK,
+            weightless_TK=filled_TK if self.fill_weight == "zero" else None,
+            load_T=load_T,
+            origin=Origin(slot.layer, microbatch.number, call, installed_TK, filled_TK, load_T),
+        )
+
+
+def places(layer: str, layout: DispatchMetadata | None, ids_NGK: torch.Tensor) -> torch.Tensor:
+    """``(T,)``: where this rank's tokens sit in the microbatch's (B, L) grid.
+
+    Raises:
+        ValueError: the grid of the installed ids is not that of the tokens.
+    """
+    if layout is None:
+        raise ValueError(f"{layer}: replay needs to know whose tokens these are: give the router a layout")
+    places_in_grid = layout.local_batch_size * layout.global_seq_len
+    if places_in_grid != ids_NGK.shape[0]:
+        raise ValueError(
+            f"{layer}: the forward has {layout.local_batch_size} x {layout.global_seq_len} tokens, "
+            f"{ids_NGK.shape[0]} are installed"
+        )
+    return layout.global_token_indices(ids_NGK.device)

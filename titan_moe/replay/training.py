@@ -1,0 +1,153 @@
+"""``[routing_replay]`` in a training run: whose sequences a microbatch holds, and what happens per step."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from titan_moe.replay.check import Gates, ReplayCheck
+from titan_moe.replay.ids import LayerShape
+from titan_moe.replay.section import RoutingReplay
+from titan_moe.replay.slots import Installed, Microbatch, Routes, Slot, slots_of
+from titan_moe.replay.trace import Header, TracedStep, TraceReader, TraceWriter, digests
+
+
+class Place(NamedTuple):
+    """Where this rank stands among those that share a global batch."""
+
+    dp_rank: int
+    dp_size: int
+    local_batch_size: int
+    accumulation: int
+    seq_len: int
+    ep_size: int
+    replica: bool  # another TP rank routes the same tokens
+    mesh: str
+
+    def sequences(self, microbatch: int) -> torch.Tensor:
+        """``(B,)`` int64: the numbers, in the step, of a microbatch's sequences; the loader's order."""
+        first = (microbatch * self.dp_size + self.dp_rank) * self.local_batch_size
+        return first + torch.arange(self.local_batch_size)
+
+
+class TrainingReplay:
+    """Records or replays a run, step by step."""
+
+    def __init__(
+        self,
+        section: RoutingReplay,
+        model_parts: list[nn.Module],
+        place: Place,
+        *,
+        model: str,
+        dump_folder: str,
+    ) -> None:
+        """``model`` is a name that a trace and its replay must share."""
+        self.section, self.place, self.model_parts, self.model = section, place, model_parts, model
+        self.folder = Path(section.path or Path(dump_folder) / "routing_trace")
+        slots = [slot for part in model_parts for slot in slots_of(part)]
+        self.slots: list[Slot] = [slot for slot in slots if section.chosen(slot.layer)]
+        self.check: ReplayCheck | None = None
+        if section.check:
+            gates = Gates(section.check_max_zero_overlap, section.check_min_mean_overlap)
+            self.check = ReplayCheck(model_parts, self.slots, gates, Path(dump_folder))
+        self.routes = Routes(
+            slots,
+            fill=section.fill,
+            fill_weight=section.fill_weight,
+            ep_size=place.ep_size,
+            observers=(self.check,) if self.check is not None else (),
+        )
+        self.writer: TraceWriter | None = None
+        self.reader: TraceReader | None = None
+        self._step: TracedStep | None = None
+        self._digests: list[torch.Tensor] = []
+        self.summary: str | None = None
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around one optimizer step. Collective; raises ReplayCheckError on all ranks or none."""
+        if self.writer is None and self.reader is None:
+            self._open(step)
+        if self.reader is not None:
+            self._step = self.reader.step(step)
+        self._digests = []
+        yield
+        if self.writer is not None:
+            self.writer.end_step(step)
+        if self.check is not None:
+            layers = [slot.layer for slot in self.slots]
+            self.summary = self.check.end_step(step, layers, self.place.accumulation)
+
+    def watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """``batches``, whose texts are hashed on the host as they pass."""
+        for batch in batches:
+            self._digests.append(digests(batch[0]["input"]))
+            yield batch
+
+    @contextmanager
+    def microbatch(self, number: int, device: torch.device) -> Iterator[None]:
+        """Around one forward and backward."""
+        sequences, own = self.place.sequences(number), self._digests[number]
+        tokens_N = (sequences.unsqueeze(1) * self.place.seq_len + torch.arange(self.place.seq_len)).flatten()
+        installed = None
+        if self._step is not None:
+            self._step.check_digests(sequences, own)
+            wanted = {slot.layer for slot in self.slots}
+            columns = {key: column for key, column in self._step.columns.items() if key[0] in wanted}
+            ids_NGK = self._step.ids_NGK.index_select(0, tokens_N).to(device, non_blocking=True)
+            installed = Installed(ids_NGK, columns, has_missing=False)
+        if self.writer is not None:
+            self.writer.digests(sequences, own)
+        tokens_N = tokens_N.to(device, non_blocking=True)
+        with self.routes.microbatch(Microbatch(number=number, tokens_N=tokens_N, installed=installed)):
+            yield
+
+    def close(self) -> None:
+        """Writes what is still in memory."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def _open(self, step: int) -> None:
+        shapes: list[LayerShape] = [slot.shape for slot in self.slots]
+        header = Header(
+            model=self.model,
+            layers=Header.layers_of(shapes),
+            seq_len=self.place.seq_len,
+            sequences_per_step=self.place.dp_size * self.place.local_batch_size * self.place.accumulation,
+            weights=fingerprint(self.model_parts),
+            first_step=step,
+        )
+        if self.section.mode == "replay":
+            self.reader = TraceReader(self.folder, header, check_weights=self.section.check_weights)
+            return
+        rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.writer = TraceWriter(
+            self.folder,
+            header,
+            rank=rank,
+            num_ranks=num_ranks,
+            mesh=self.place.mesh,
+            replica=self.place.replica,
+        )
+        self.routes.observers = (*self.routes.observers, self.writer)
+
+
+def fingerprint(model_parts: list[nn.Module]) -> str:
+    """A hash of all parameters that no sharding enters: integer sums of their bits. Host sync; once."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted((n, p) for part in model_parts for n, p in part.named_parameters()):
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+        total = local.detach().contiguous().view(width).sum(dtype=torch.int64)
+        if isinstance(parameter, DTensor):
+            parts = [Replicate() if place.is_replicate() else Partial() for place in parameter.placements]
+            total = DTensor.from_local(total, parameter.device_mesh, parts, run_check=False).full_tensor()
+        digest.update(f"{name.replace('_checkpoint_wrapped_module.', '')}={int(total)};".encode())
+    return digest.hexdigest()[:16]
