@@ -296,7 +296,12 @@ BROKEN_IMPORTS = {
         "def f():\n    from titan_moe.config import load",
         "parallelize is not above config",
     ),
-    "sideways": ("metrics.py", "from titan_moe.replay import x", "metrics is not above replay"),
+    "sideways": ("metrics.py", "from titan_moe.numerics import x", "metrics is not above numerics"),
+    "a part to another backend": (
+        "dispatch/all_to_all.py",
+        "from titan_moe.dispatch.deepep_c10d import x",
+        "a part of deepep is nobody else's",
+    ),
     "backend to backend": ("dispatch/local.py", "from .all_to_all import X", "never imports another"),
     "base to backend": (
         "dispatch/base.py",
@@ -316,6 +321,7 @@ BROKEN_IMPORTS = {
 @pytest.mark.parametrize(("file", "source", "words"), BROKEN_IMPORTS.values(), ids=BROKEN_IMPORTS)
 def test_a_forbidden_import_is_found(file, source, words):
     names = ["moe", "sharding", "models/__init__", "dispatch/all_to_all", "dispatch/local", "newcomer"]
+    names += ["numerics/__init__", "dispatch/deepep_c10d"]
     tree = {f"titan_moe/{name}.py": "" for name in names} | {f"titan_moe/{file}": source}
     (problem,) = import_problems(tree)
     assert words in problem

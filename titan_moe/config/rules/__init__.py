@@ -4,12 +4,18 @@ from collections.abc import Callable
 
 from titan_moe.config.build import Plan
 from titan_moe.config.errors import ConfigError
-from titan_moe.config.rules import experts, mesh, run
+from titan_moe.config.rules import experts, mesh, replay, run
 from titan_moe.config.rules.facts import Broken, Facts
 from titan_moe.config.toml import Settings
 
 # In this order: later rules divide by numbers that earlier ones have checked.
-RULES: tuple[Callable[[Facts], None], ...] = (*run.RANGES_FIRST, *mesh.RULES, *experts.RULES, *run.RULES)
+RULES: tuple[Callable[[Facts], None], ...] = (
+    *run.RANGES_FIRST,
+    *mesh.RULES,
+    *experts.RULES,
+    *run.RULES,
+    *replay.RULES,
+)
 
 
 def check(plan: Plan, *, world_size: int, settings: Settings) -> None:

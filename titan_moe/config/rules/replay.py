@@ -1,0 +1,72 @@
+"""Rules about ``[routing_replay]``."""
+
+from pathlib import Path
+
+from titan_moe.config.build import moe_layers
+from titan_moe.config.rules.facts import Broken, Facts
+
+
+def replay_keys_fit_together(facts: Facts) -> None:
+    """Keys that mean something only with each other, and numbers in range."""
+    replay = facts.plan.routing_replay
+    if replay.check and replay.mode != "replay":
+        raise Broken(
+            f"routing_replay.check needs routing_replay.mode ({replay.mode!r}) to be 'replay': "
+            "there is nothing else to check"
+        )
+    for key in ("check_max_zero_overlap", "check_min_mean_overlap"):
+        value = getattr(replay, key)
+        if not 0 <= value <= 1:
+            raise Broken(f"routing_replay.{key} ({value}) must be between 0 and 1")
+
+
+def replay_layers_are_there(facts: Facts) -> None:
+    """Every entry of ``layers`` is a range, and together they hold a MoE layer."""
+    replay = facts.plan.routing_replay
+    try:
+        replay.ranges()
+    except ValueError as error:
+        raise Broken(f"routing_replay.layers: {error}") from None
+    names = [name for name, _ in moe_layers(facts.plan.spec)]
+    if replay.layers and not any(replay.chosen(name) for name in names):
+        raise Broken(
+            f"routing_replay.layers ({replay.layers}) holds none of the MoE layers of {facts.flavor} "
+            f"({names[0]} to {names[-1]})"
+        )
+
+
+def replay_sees_every_router(facts: Facts) -> None:
+    """Where a router runs without its slot, or a microbatch is not one forward, nothing is replayed."""
+    replay, compiled = facts.plan.routing_replay, facts.trainer.compile
+    if replay.mode == "off":
+        return
+    if compiled.enable and "model" in compiled.components:
+        raise Broken(
+            f"routing_replay.mode {replay.mode!r} cannot reach into compiled layers: switch compile.enable "
+            "off, or take 'model' out of compile.components"
+        )
+    for name, degree in (("pipeline", facts.pp), ("context", facts.cp)):
+        if degree > 1:
+            raise Broken(
+                f"routing_replay.mode {replay.mode!r} is not there for parallelism.{name}_parallel_degree "
+                f"({degree}) > 1; use FSDP, TP and EP"
+            )
+
+
+def replayed_trace_exists(facts: Facts) -> None:
+    """A trace is a folder with a manifest."""
+    replay = facts.plan.routing_replay
+    folder = Path(replay.path or Path(facts.trainer.dump_folder) / "routing_trace")
+    if replay.mode == "replay" and not (folder / "manifest.json").is_file():
+        raise Broken(
+            f"routing_replay.path ({folder}) has no manifest.json; record a trace there with "
+            "routing_replay.mode 'record'"
+        )
+
+
+RULES = (
+    replay_keys_fit_together,
+    replay_layers_are_there,
+    replay_sees_every_router,
+    replayed_trace_exists,
+)

@@ -1,0 +1,111 @@
+"""Rollout routing replay for RL trainers (R3, arXiv 2510.11370): the ids of a rollout engine, per microbatch."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from titan_moe.replay.check import Gates, ReplayCheck
+from titan_moe.replay.ids import MISSING, ReplayDataError, ingest
+from titan_moe.replay.section import layer_number
+from titan_moe.replay.slots import Installed, Microbatch, Routes, slots_of
+
+
+class RolloutReplay:
+    """Installs ids for forwards of a model that ``titan_moe.parallelize`` has sharded.
+
+    Scores stay those of the live gate, so router gradients flow. Backward may run inside of the context or
+    later, in any order: recomputation finds the ids of its own forward.
+    """
+
+    def __init__(
+        self,
+        model_parts: list[nn.Module],
+        *,
+        fill: Literal["score", "balanced"] = "score",
+        fill_weight: Literal["live", "zero"] = "live",
+        ep_size: int = 1,
+        check: Gates | None = None,
+        evidence_folder: Path | None = None,
+    ) -> None:
+        """``check`` switches the check on; its evidence goes to ``evidence_folder``."""
+        self.slots = [slot for part in model_parts for slot in slots_of(part)]
+        if not self.slots:
+            raise ValueError("the model has no router of ours with a slot: parallelize it first, uncompiled")
+        self.check = None
+        if check is not None:
+            if evidence_folder is None:
+                raise ValueError("a check needs an evidence_folder")
+            self.check = ReplayCheck(model_parts, self.slots, check, evidence_folder)
+        observers = (self.check,) if self.check is not None else ()
+        self.routes = Routes(
+            self.slots, fill=fill, fill_weight=fill_weight, ep_size=ep_size, observers=observers
+        )
+        self._microbatches = 0
+
+    @contextmanager
+    def microbatch(
+        self,
+        routed_experts: torch.Tensor,
+        *,
+        batch_size: int,
+        seq_len: int,
+        columns: Sequence[int] | None = None,
+        valid_BL: torch.Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[None]:
+        """The forward in here routes by ``routed_experts``; ids of -1 are filled.
+
+        Args:
+            routed_experts: ``(B * L, layers, K)`` or ``(B, L or L - 1, layers, K)``, int8 to int64, over all
+                TP ranks of this data-parallel rank; with CP, sharded as the tokens are.
+            seq_len: L, after CP.
+            columns: the entry of dim ``layers`` for each MoE layer. None: one per MoE layer, or one per
+                decoder layer, of which the MoE layers' are taken.
+            valid_BL: False for padding: not counted as load, not checked.
+            device: where the model runs.
+
+        Raises:
+            ReplayDataError: data that cannot be replayed; names sample, layer and token.
+        """
+        shapes = [slot.shape for slot in self.slots]
+        ids_NGK = ingest(
+            routed_experts,
+            shapes,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            columns=self._columns(routed_experts.shape[-2]) if columns is None else columns,
+            valid_BL=valid_BL,
+        )
+        installed = Installed(
+            ids_NGK.to(device, non_blocking=True),
+            {(slot.layer, 0): column for column, slot in enumerate(self.slots)},
+            has_missing=bool((ids_NGK == MISSING).any()),
+            valid_N=None if valid_BL is None else valid_BL.flatten().to(device, non_blocking=True),
+        )
+        tokens_N = torch.arange(batch_size * seq_len, device=device)
+        microbatch = Microbatch(number=self._microbatches, tokens_N=tokens_N, installed=installed)
+        self._microbatches += 1
+        with self.routes.microbatch(microbatch):
+            yield
+
+    def end_step(self, step: int) -> str | None:
+        """The check's verdict on the microbatches since the last call; collective. None without a check."""
+        number, self._microbatches = self._microbatches, 0
+        if self.check is None:
+            return None
+        return self.check.end_step(step, [slot.layer for slot in self.slots], number)
+
+    def _columns(self, there: int) -> list[int]:
+        numbers = [layer_number(slot.layer) for slot in self.slots]
+        if there == len(self.slots):
+            return list(range(there))
+        if None in numbers or max(n for n in numbers if n is not None) >= there:
+            raise ReplayDataError(
+                f"routed_experts has {there} layers, the model has {len(self.slots)} MoE layers "
+                f"({self.slots[0].layer} to {self.slots[-1].layer}); say with columns which entry is whose"
+            )
+        return [n for n in numbers if n is not None]
