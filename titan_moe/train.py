@@ -75,6 +75,12 @@ class Trainer(TorchtitanTrainer):
         config.parallelism.enable_sequence_parallel = False
         return parallel_dims
 
+    def train(self) -> None:
+        """As torchtitan; a replay that was to be checked must have been."""
+        super().train()
+        if self.replay is not None:
+            self.replay.finish()
+
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         """As torchtitan, with routes recorded or replayed."""
         if self.replay is None:

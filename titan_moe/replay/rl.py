@@ -1,4 +1,4 @@
-"""Rollout routing replay for RL trainers (R3, arXiv 2510.11370): the ids of a rollout engine, per microbatch."""
+"""Rollout routing replay for RL trainers (R3, arXiv 2510.11370): ids of a rollout engine, per microbatch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

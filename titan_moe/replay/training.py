@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from titan_moe.replay.check import Gates, ReplayCheck
+from titan_moe.replay.check import Gates, ReplayCheck, ReplayCheckError
 from titan_moe.replay.ids import LayerShape
 from titan_moe.replay.section import RoutingReplay
 from titan_moe.replay.slots import Installed, Microbatch, Routes, Slot, slots_of
@@ -108,6 +108,13 @@ class TrainingReplay:
         tokens_N = tokens_N.to(device, non_blocking=True)
         with self.routes.microbatch(Microbatch(number=number, tokens_N=tokens_N, installed=installed)):
             yield
+
+    def finish(self) -> None:
+        """Raises ReplayCheckError where the check is on and nothing was checked."""
+        if self.check is not None and self.summary is None:
+            raise ReplayCheckError(
+                "routing_replay.check is on, and no step was checked: the run had none left to do"
+            )
 
     def close(self) -> None:
         """Writes what is still in memory."""
