@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from titan_moe.config import load
 from titan_moe.train import Trainer
 
@@ -53,6 +55,7 @@ def main() -> None:
     """Prints medians of both kinds of step, the first two of each left out."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     os.environ.setdefault("MASTER_PORT", "29555")
+    torch.set_num_threads(1)  # as torchrun has it
     with tempfile.TemporaryDirectory() as folder:
         step_times(folder, "record")
         times = step_times(folder, "replay")

@@ -1,0 +1,224 @@
+"""The face for RL trainers: ids of a rollout engine, installed for a microbatch."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import layers
+from tests.oracle import random_case
+from titan_moe.moe import MoE
+from titan_moe.replay.check import Gates, ReplayCheckError
+from titan_moe.replay.ids import MISSING, ReplayDataError
+from titan_moe.replay.regions import Regions
+from titan_moe.replay.rl import RolloutReplay
+from titan_moe.replay.slots import bind_slots
+
+B, L, D, F, E, K = 3, 7, 16, 8, 8, 3
+CASES = {number: random_case(number, B, L, D, F, E, K) for number in (1, 2)}
+
+
+class Block(nn.Module):
+    def __init__(self, moe: MoE) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return x_BLD + self.moe(x_BLD)
+
+
+class Model(nn.Module):
+    """Layer 0 is dense, 1 and 2 are MoE layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = {str(number): Block(layers.build_layer(case)) for number, case in CASES.items()}
+        self.layers = nn.ModuleDict({"0": nn.Identity(), **blocks})
+        bind_slots(self, Regions())
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        for block in self.layers.values():
+            x_BLD = block(x_BLD)
+        return x_BLD
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+def x_BLD() -> Tensor:
+    return CASES[1].params["x_BLD"].detach()
+
+
+def random_ids(*, missing: float = 0.0) -> Tensor:
+    """(B * L, 2, K) int16."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.rand(B * L, 2, E, generator=generator).argsort(-1)[..., :K].to(torch.int16)
+    ids[torch.rand(ids.shape, generator=generator) < missing] = MISSING
+    return ids
+
+
+def seen_ids(model: Model) -> dict[int, Tensor]:
+    """What reaches the dispatchers, by layer."""
+    seen: dict[int, Tensor] = {}
+    for number in CASES:
+        moe: Any = model.layers[str(number)].moe
+
+        def at_the_door(_module: Any, args: Any, number: int = number) -> None:
+            seen[number] = args[1].topk_expert_ids_TK
+
+        moe.routed_experts.register_forward_pre_hook(at_the_door)
+    return seen
+
+
+def install(replay: RolloutReplay, ids: Tensor, **further: Any) -> Any:
+    return replay.microbatch(ids, batch_size=B, seq_len=L, **further)
+
+
+def evidence(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "replay_evidence.jsonl").read_text().splitlines()]
+
+
+class TestInstalling:
+    def test_routes_go_where_they_should_and_the_gate_learns(self, model: Model) -> None:
+        seen, ids = seen_ids(model), random_ids()
+        with install(RolloutReplay([model]), ids):
+            out_BLD = model(x_BLD())
+        out_BLD.backward(CASES[1].grad_out_BLD)  # after the context
+        for column, number in enumerate(CASES):
+            assert torch.equal(seen[number], ids[:, column].long())
+            moe: Any = model.layers[str(number)].moe
+            assert moe.router.gate.weight.grad.abs().sum() > 0
+
+    def test_outside_the_context_routing_is_live(self, model: Model) -> None:
+        live_BLD = Model()(x_BLD())
+        replay = RolloutReplay([model])
+        with install(replay, random_ids()):
+            assert not torch.equal(model(x_BLD()), live_BLD)
+        assert torch.equal(model(x_BLD()), live_BLD)
+        with pytest.raises(ZeroDivisionError), install(replay, random_ids()):
+            raise ZeroDivisionError
+        assert torch.equal(model(x_BLD()), live_BLD)
+
+    def test_all_decoder_layers(self, model: Model) -> None:
+        """As engines capture them: an entry for the dense layer too."""
+        seen, ids = seen_ids(model), random_ids()
+        with install(RolloutReplay([model]), torch.cat([torch.full_like(ids[:, :1], 7), ids], dim=1)):
+            model(x_BLD())
+        assert torch.equal(seen[1], ids[:, 0].long())
+        with install(RolloutReplay([model]), ids, columns=[1, 0]):
+            model(x_BLD())
+        assert torch.equal(seen[1], ids[:, 1].long())
+
+    def test_the_last_row_may_be_missing(self, model: Model) -> None:
+        seen, ids = seen_ids(model), random_ids().unflatten(0, (B, L))
+        with install(RolloutReplay([model]), ids[:, :-1]):
+            model(x_BLD())
+        assert torch.equal(seen[1].view(B, L, K)[:, :-1], ids[:, :-1, 0].long())
+        assert all(len(set(row)) == K for row in seen[1].tolist())
+
+    def test_padding_is_no_load(self, model: Model) -> None:
+        valid_BL = torch.ones(B, L, dtype=torch.bool)
+        valid_BL[:, 4:] = False
+        ids = random_ids()
+        with install(RolloutReplay([model]), ids, valid_BL=valid_BL):
+            model(x_BLD())
+        moe: Any = model.layers["1"].moe
+        counted = ids[:, 0][valid_BL.flatten()].long().flatten()
+        assert torch.equal(moe.tokens_per_expert_E, torch.bincount(counted, minlength=E))
+
+
+class TestRefusals:
+    def test_a_model_without_slots(self) -> None:
+        with pytest.raises(ValueError, match="no router of ours with a slot"):
+            RolloutReplay([nn.Linear(2, 2)])
+
+    def test_too_few_layers(self, model: Model) -> None:
+        with pytest.raises(ReplayDataError, match=r"has 1 layers, the model has 2 MoE layers"):
+            with install(RolloutReplay([model]), random_ids()[:, :1]):
+                pass
+
+    def test_another_microbatch(self, model: Model) -> None:
+        replay = RolloutReplay([model])
+        with pytest.raises(ValueError, match=r"layers.1.moe: the forward has 2 x 7 tokens, 21 are installed"):
+            with install(replay, random_ids()):
+                model(x_BLD()[:2])
+
+    def test_a_duplicate(self, model: Model) -> None:
+        ids = random_ids()
+        ids[9, 1, 2] = ids[9, 1, 0]
+        with pytest.raises(ReplayDataError, match=r"layers.2.moe, sample 1, token 2: .* same id twice"):
+            with install(RolloutReplay([model]), ids):
+                pass
+
+
+class TestCheck:
+    def _replay(self, model: Model, folder: Path, **gates: float) -> RolloutReplay:
+        return RolloutReplay([model], check=Gates(**gates), evidence_folder=folder)
+
+    def test_evidence_of_live_routes(self, model: Model, tmp_path: Path) -> None:
+        seen = seen_ids(model)
+        model(x_BLD())
+        ids = torch.stack([seen[number] for number in CASES], dim=1)
+        ids[5, 0, 1] = MISSING
+        valid_BL = torch.ones(B, L, dtype=torch.bool)
+        valid_BL[2, 5:] = False
+        replay = self._replay(model, tmp_path)
+        for _ in range(2):
+            with install(replay, ids, valid_BL=valid_BL):
+                model(x_BLD()).backward(CASES[1].grad_out_BLD)
+        summary = replay.end_step(1)
+        assert summary is not None
+        assert summary.startswith("replay fwd=4/4 bwd=4/4 missing=0 filled=2 mismatch=0")
+        first, second = (
+            json.loads(line) for line in (tmp_path / "replay_evidence.jsonl").read_text().splitlines()
+        )
+        assert (first["layer"], second["layer"]) == ("layers.1.moe", "layers.2.moe")
+        assert (first["fwd"], first["bwd"], first["tokens"], first["padding"], first["filled"]) == (
+            2,
+            2,
+            42,
+            4,
+            2,
+        )
+        assert first["used"] == second["used"] == second["mean_overlap"] == second["lift"] == 1.0
+        assert first["ids"] != second["ids"]
+
+    def test_random_routes_break_the_gate(self, model: Model, tmp_path: Path) -> None:
+        replay = self._replay(model, tmp_path)
+        with install(replay, random_ids()):
+            model(x_BLD()).backward(CASES[1].grad_out_BLD)
+        with pytest.raises(ReplayCheckError, match=r"step 3: .* share no expert with the live routers"):
+            replay.end_step(3)
+
+    def test_a_forward_without_its_backward(self, model: Model, tmp_path: Path) -> None:
+        replay = self._replay(model, tmp_path, max_zero_overlap=1.0)
+        with install(replay, random_ids()):
+            model(x_BLD())
+        with pytest.raises(ReplayCheckError, match=r"replayed in 0 of 1 microbatches \(bwd\)"):
+            replay.end_step(1)
+
+    def test_a_step_without_a_forward(self, model: Model, tmp_path: Path) -> None:
+        with pytest.raises(ReplayCheckError, match="no token was checked on any rank"):
+            self._replay(model, tmp_path).end_step(1)
+
+    def test_near_ties_and_suspicious_flips(self, model: Model, tmp_path: Path) -> None:
+        """Every flip is either; and a margin of infinity calls none a near tie."""
+        replay = self._replay(model, tmp_path, max_zero_overlap=1.0)
+        with install(replay, random_ids()):
+            model(x_BLD()).backward(CASES[1].grad_out_BLD)
+        replay.end_step(1)
+        for line in evidence(tmp_path):
+            flips = line["near_tie_flips"] + line["suspicious_flips"]
+            assert flips == round((1 - line["exact_set"]) * line["tokens"])
+            assert line["suspicious_flips"] > 0
+
+
+def test_the_case_is_as_long_as_the_ids() -> None:
+    assert dataclasses.is_dataclass(CASES[1])
+    assert CASES[1].params["x_BLD"].shape == (B, L, D)
