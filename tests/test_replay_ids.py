@@ -471,7 +471,7 @@ class TestIngestTakes:
         assert narrowest_dtype(num_experts) == dtype
         layers = [LayerShape("a", num_experts, 1), LayerShape("b", 1, 1)]
         for largest in {min(1, num_experts - 1), num_experts - 1}:
-            ids = torch.tensor([[0, 0], [MISSING, MISSING], [largest, MISSING]])
+            ids = torch.tensor([[0, 0], [MISSING, MISSING], [largest, 0]])
             got = take(ids.view(1, 3, 2, 1), layers, batch_size=1, seq_len=3)
             assert got.dtype == dtype
             assert got.flatten(1).tolist() == ids.tolist()

@@ -7,8 +7,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -268,6 +269,24 @@ class TestRecomputation:
             assert new["preserve_rng_state"] is False
         assert Regions().pin(Model(CASES)) == 0
 
+    def test_contexts_that_were_there_are_entered_too(self) -> None:
+        """SAC lives in them: without, it would silently become full AC."""
+        entered: list[str] = []
+
+        @contextmanager
+        def note(name: str) -> Iterator[None]:
+            entered.append(name)
+            yield
+            entered.append(f"{name} done")
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return note("forward"), note("recomputation")
+
+        block = Block(layers.build_layer(CASES[0]))
+        built = bound(model_of(checkpoint_wrapper(block, context_fn=contexts, early_stop=False)))
+        run(built.model, "F0 B0")
+        assert entered == ["forward", "forward done", "recomputation", "recomputation done"]
+
     def test_a_pin_on_top_of_a_pin(self) -> None:
         built = bound(Model(CASES), "full")
         built.regions.pin(built.model)
@@ -447,6 +466,26 @@ class TestCalls:
     def test_a_checkpoint_around_plain_modules(self) -> None:
         built = bound(checkpoint_wrapper(Model(CASES), early_stop=True))
         assert differing(run(built.model, "F0 F1 B1 B0"), alone(Model(CASES), 2)) == []
+
+    def test_a_gradient_taken_inside_of_a_checkpoint(self) -> None:
+        """Its forward holds a forward, a backward and so a recomputation; its recomputation all of them."""
+
+        class Steep(nn.Module):
+            def __init__(self, block: nn.Module) -> None:
+                super().__init__()
+                self.block = block
+
+            def forward(self, x_BLD: Tensor) -> Tensor:
+                leaf_BLD = x_BLD.detach().requires_grad_()
+                (slope_BLD,) = torch.autograd.grad(self.block(leaf_BLD).square().sum(), leaf_BLD)
+                move_selection(self, 50)
+                return self.block(x_BLD + 0.1 * slope_BLD)
+
+        def build(wrap: Callable[[nn.Module], nn.Module]) -> Model:
+            return model_of(*(wrap(Steep(wrap(Block(layers.build_layer(case))))) for case in CASES))
+
+        built = bound(build(partial(checkpoint_wrapper, early_stop=False)))
+        assert differing(run(built.model, "F0 F1 B1 B0"), alone(build(lambda block: block), 2)) == []
 
     @pytest.mark.parametrize("early_stop", [False, True])
     def test_recomputed_again_for_a_second_backward(self, early_stop: bool) -> None:
@@ -927,8 +966,8 @@ def turning_ids(batch: int, length: int) -> Tensor:
     return ((first_N[:, None] + torch.arange(K)) % E).unsqueeze(1).to(torch.int8)
 
 
-def replay_on(ctx: RankContext, case: Case, mesh: Mesh, ids_N1K: Tensor) -> dict[str, Any]:
-    """Rows and ids at the dispatcher of a checkpointed layer, forward and recomputed; output, gradients."""
+def replay_on(ctx: RankContext, case: Case, mesh: Mesh, ids_N1K: Tensor, valid_N: Tensor) -> dict[str, Any]:
+    """Rows and ids at the dispatcher of a checkpointed layer, run and rerun; output, gradients, load."""
     dims = layers.parallel_dims(ctx, mesh)
     layer = layers.on_mesh(layers.build_layer(case, "all_to_all"), dims, mesh)
     built = bound(nn.ModuleDict({"moe": checkpoint_wrapper(layer, early_stop=False)}))
@@ -937,7 +976,8 @@ def replay_on(ctx: RankContext, case: Case, mesh: Mesh, ids_N1K: Tensor) -> dict
         lambda _module, args: seen.append((args[0].detach(), args[1].topk_expert_ids_TK))
     )
     x_BLD = ctx.replicate(case.params["x_BLD"])
-    installed = Installed(ctx.replicate(ids_N1K), {("moe", 0): 0}, has_missing=False)
+    columns = {("moe", 0): 0}
+    installed = Installed(ctx.replicate(ids_N1K), columns, has_missing=False, valid_N=ctx.replicate(valid_N))
     batch = Microbatch(number=0, tokens_N=torch.arange(ids_N1K.shape[0]), installed=installed)
     with Routes(built.slots).microbatch(batch):
         out = built.model["moe"](layers.placed(x_BLD, dims, mesh))
@@ -950,6 +990,7 @@ def replay_on(ctx: RankContext, case: Case, mesh: Mesh, ids_N1K: Tensor) -> dict
         "out_BLD": out_BLD,
         "x_BLD": x_BLD.grad,
         "gate_ED": gate.full_tensor() if isinstance(gate, DTensor) else gate,
+        "load_E": layer.tokens_per_expert_E,
     }
 
 
@@ -966,7 +1007,8 @@ class TestSequenceParallel:
     @pytest.mark.parametrize("mesh", SP_MESHES, ids=str)
     def test_each_token_has_its_own(self, mesh: Mesh, length: int, mode: Mode) -> None:
         case = layer_case(1, length=length)
-        results = run_ranks(replay_on, 2, case, mesh, turning_ids(2, length), mode=mode)
+        ids_N1K, valid_N = turning_ids(2, length), torch.arange(2 * length) % 3 != 1
+        results = run_ranks(replay_on, 2, case, mesh, ids_N1K, valid_N, mode=mode)
         assert self._mistaken(case, results) == []
         whole = list(range(2 * length))
         for call in range(2):
@@ -975,7 +1017,10 @@ class TestSequenceParallel:
                 assert sorted(itertools.chain(*places)) == whole
             else:
                 assert places == [whole, whole]
-        out, gradients = case.run_with_gradients(turning_ids(2, length)[:, 0].long())
+        for result, held in zip(results, places, strict=True):
+            counted = ids_N1K[[n for n in held if valid_N[n]]].long()
+            assert result["load_E"].tolist() == counted.flatten().bincount(minlength=E).tolist()
+        out, gradients = case.run_with_gradients(ids_N1K[:, 0].long())
         for name, expected in {"out_BLD": out.out_BLD.detach(), **gradients}.items():
             for result in results if name in ("out_BLD", "x_BLD", "gate_ED") else []:
                 torch.testing.assert_close(result[name], expected, rtol=1e-10, atol=1e-12)
@@ -988,7 +1033,8 @@ class TestSequenceParallel:
 
         monkeypatch.setattr(slots_module, "places", flat)
         case = layer_case(1, length=4)
-        results = run_ranks(replay_on, 2, case, SP_MESHES[0], turning_ids(2, 4), mode="local_tensor")
+        ids_N1K, valid_N = turning_ids(2, 4), torch.ones(8, dtype=torch.bool)
+        results = run_ranks(replay_on, 2, case, SP_MESHES[0], ids_N1K, valid_N, mode="local_tensor")
         assert self._mistaken(case, results) != []
 
     def _mistaken(self, case: Case, results: list[dict[str, Any]]) -> list[tuple[int, int, int]]:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from tests import layers
 from tests.oracle import random_case
+from tests.test_dispatch import HostReads
 from titan_moe.moe import MoE
 from titan_moe.replay.check import Gates, ReplayCheckError
 from titan_moe.replay.ids import MISSING, ReplayDataError
 from titan_moe.replay.regions import Regions
 from titan_moe.replay.rl import RolloutReplay
-from titan_moe.replay.slots import bind_slots
+from titan_moe.replay.slots import Microbatch, Routes, bind_slots, slots_of
+from titan_moe.replay.trace import Header, TraceWriter
 
 B, L, D, F, E, K = 3, 7, 16, 8, 8, 3
 CASES = {number: random_case(number, B, L, D, F, E, K) for number in (1, 2)}
@@ -155,6 +157,48 @@ class TestRefusals:
         with pytest.raises(ReplayDataError, match=r"layers.2.moe, sample 1, token 2: .* same id twice"):
             with install(RolloutReplay([model]), ids):
                 pass
+
+
+def header() -> Header:
+    shapes = [slot.shape for slot in slots_of(Model())]
+    return Header(
+        model="m",
+        layers=Header.layers_of(shapes),
+        seq_len=L,
+        sequences_per_step=B,
+        weights="w",
+        first_step=1,
+    )
+
+
+class TestCost:
+    """Neither replaying nor recording reads anything on the host, and a recording keeps copies only."""
+
+    def _reads(self, model: Model) -> list[str]:
+        with HostReads().counting() as seen:
+            out_BLD = model(x_BLD())
+            out_BLD.backward(CASES[1].grad_out_BLD)
+        return seen
+
+    @pytest.mark.parametrize("missing", [0.0, 0.3])
+    def test_replay(self, model: Model, missing: float) -> None:
+        with install(RolloutReplay([model]), random_ids(missing=missing)):
+            assert self._reads(model) == []
+
+    def test_record(self, model: Model, tmp_path: Path) -> None:
+        writer = TraceWriter(tmp_path, header(), rank=0, num_ranks=1, mesh="")
+        routes = Routes(slots_of(model), observers=(writer,))
+        with routes.microbatch(Microbatch(number=0, tokens_N=torch.arange(B * L))):
+            assert self._reads(model) == []
+        (ids_TK,) = writer._parts["layers.1.moe#0"]
+        assert ids_TK.dtype == torch.int8
+        assert ids_TK.untyped_storage().nbytes() == B * L * K
+
+    def test_a_read_is_noticed(self, model: Model) -> None:
+        moe: Any = model.layers["1"].moe
+        source = moe.router.source
+        moe.router.source = lambda query: (query.ranking().max().item(), source(query))[1]
+        assert len(self._reads(model)) == 1
 
 
 class TestCheck:

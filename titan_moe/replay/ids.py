@@ -45,8 +45,8 @@ def ingest(
             of the latter each sample may lack its last row: the last token was never routed.
         layers: the model's MoE layers.
         columns: which entry of dim ``layers`` belongs to each of them; None: as many as there are, in order.
-        valid_BL: False for padding, which may miss any ids; elsewhere at most the last row of a sample may be
-            missing as a whole.
+        valid_BL: bool, False for padding, which may miss any ids; elsewhere a sample may end with at most one
+            row that is missing as a whole.
 
     Raises:
         ReplayDataError: a wrong dtype or shape, an id outside [-1, E), the same id twice in a row, a layer
@@ -57,15 +57,21 @@ def ingest(
     ids_BLGK = _by_sample(routed_experts.detach().cpu(), batch_size, seq_len)
     there = ids_BLGK.shape[2]
     columns = list(range(there)) if columns is None else list(columns)
-    if len(columns) != len(layers) or max(columns, default=-1) >= there:
+    if len(columns) != len(layers) or any(not 0 <= column < there for column in columns):
         raise ReplayDataError(
             f"routed_experts has {there} layers, the model has {len(layers)} MoE layers; say with columns "
             "which entry belongs to which"
         )
     ids_BLGK = ids_BLGK[:, :, columns]
     valid_BL = torch.ones(batch_size, seq_len, dtype=torch.bool) if valid_BL is None else valid_BL.cpu()
+    if valid_BL.dtype != torch.bool or valid_BL.shape != (batch_size, seq_len):
+        raise ReplayDataError(
+            f"valid_BL is {valid_BL.dtype} of shape {tuple(valid_BL.shape)}; it must be torch.bool of shape "
+            f"(B, L) = ({batch_size}, {seq_len})"
+        )
     for number, layer in enumerate(layers):
-        _check_layer(ids_BLGK[:, :, number], layer, valid_BL)
+        # Wide: a comparison with E would wrap E around to the ids' own dtype.
+        _check_layer(ids_BLGK[:, :, number].long(), layer, valid_BL)
     dtype = narrowest_dtype(max((layer.num_experts for layer in layers), default=1))
     return ids_BLGK.flatten(0, 1).to(dtype).contiguous()
 
@@ -88,8 +94,9 @@ def _by_sample(ids: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor
 def _check_layer(ids_BLK: torch.Tensor, layer: LayerShape, valid_BL: torch.Tensor) -> None:
     if ids_BLK.shape[2] != layer.top_k:
         raise ReplayDataError(f"{layer.name}: K is {ids_BLK.shape[2]}, the layer's is {layer.top_k}")
-    zeros_B = (ids_BLK == 0).flatten(1).all(1)
-    if layer.num_experts > 1 and ids_BLK.shape[1] * layer.top_k > 1 and zeros_B.any():
+    present_BN = (ids_BLK != MISSING).flatten(1)
+    zeros_B = ((ids_BLK == 0).flatten(1) == present_BN).all(1) & (present_BN.sum(1) > 1)
+    if layer.num_experts > 1 and zeros_B.any():
         sample = int(zeros_B.nonzero()[0])
         raise ReplayDataError(f"{layer.name}, sample {sample}: every id is 0; the layer was not captured")
     outside_BLK = (ids_BLK < MISSING) | (ids_BLK >= layer.num_experts)

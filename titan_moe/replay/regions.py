@@ -76,9 +76,14 @@ class Regions:
 
     def pin(self, model: nn.Module) -> int:
         """Makes a region of every checkpointed module of ``model``, in place; returns how many there are."""
-        wrappers = [module for module in model.modules() if isinstance(module, CheckpointWrapper)]
-        for wrapper in wrappers:
-            arguments = getattr(wrapper.checkpoint_fn, "keywords", {})
+        wrappers = [
+            (module, arguments)
+            for module in model.modules()
+            if isinstance(module, CheckpointWrapper)
+            # torch refuses activation_checkpoint.debug together with contexts.
+            and not (arguments := getattr(module.checkpoint_fn, "keywords", {})).get("debug")
+        ]
+        for wrapper, arguments in wrappers:
             contexts = functools.partial(self.contexts, arguments.get("context_fn"))
             wrapper.checkpoint_fn = functools.partial(wrapper.checkpoint_fn, context_fn=contexts)
         return len(wrappers)
