@@ -8,12 +8,14 @@ over between the two. So neither the order of backwards, nor microbatches in fli
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from titan_moe.router import Choice
 
@@ -101,8 +103,25 @@ class Regions:
         """What a recomputation's forward chose, or ``choose()``, kept for recomputations to come."""
         stack = self.stack
         outermost = next((inside for inside in stack if inside.recomputes), None)
-        choice = choose() if outermost is None else outermost.take(name)
+        if outermost is not None:
+            choice = outermost.take(name)
+        else:
+            with _unseen_by_selective_ac() if stack else nullcontext():
+                choice = choose()
         for inside in stack:
             if not inside.recomputes:
                 inside.region.choices.setdefault(name, []).append(choice)
         return choice
+
+
+@contextmanager
+def _unseen_by_selective_ac() -> Iterator[None]:
+    """Selective checkpointing hands saved results back by position, per operator.
+
+    A recomputation does not choose again, so what a choice computes in the forward must take no position, or
+    every later operator of the same kind gets another one's result.
+    """
+    with ExitStack() as popped:
+        while isinstance(_get_current_dispatch_mode(), _CachingTorchDispatchMode):
+            popped.enter_context(_pop_mode_temporarily())
+        yield
