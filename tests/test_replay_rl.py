@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests import layers
 from tests.oracle import random_case
+from tests.ranks import RankContext, run_ranks
 from tests.test_dispatch import HostReads
 from titan_moe.moe import MoE
 from titan_moe.replay.check import Gates, ReplayCheckError
@@ -169,6 +170,24 @@ def header() -> Header:
         weights="w",
         first_step=1,
     )
+
+
+def install_on_rank(ctx: RankContext) -> str:
+    """One rank has a duplicate; what each is told."""
+    ids = random_ids()
+    if ctx.rank == 1:
+        ids[9, 1, 2] = ids[9, 1, 0]
+    try:
+        with install(RolloutReplay([Model()]), ids):
+            return "installed"
+    except ReplayDataError as error:
+        return str(error)
+
+
+def test_a_duplicate_ends_every_rank() -> None:
+    first, second = run_ranks(install_on_rank, 2)
+    assert first == f"rank 1: {second}"
+    assert second.startswith("layers.2.moe, sample 1, token 2: ")
 
 
 class TestCost:

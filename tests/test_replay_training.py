@@ -290,6 +290,13 @@ class TestTracesThatDoNotFit:
         next(trace.glob("*.safetensors")).unlink()
         self._refused(folder, trace, "missing; the recording was cut short")
 
+    def test_the_same_expert_twice(self, folder: Path, small: Path, tmp_path: Path) -> None:
+        def double(ids: dict[str, torch.Tensor]) -> None:
+            ids[_layers(ids)[1]][130, 1] = ids[_layers(ids)[1]][130, 0]
+
+        words = r"step 1: layers\.2\.moe, sample 1, token 3: .* has the same id twice"
+        self._refused(folder, _edited(small, tmp_path, double), words)
+
     def test_missing_tokens(self, folder: Path, small: Path, tmp_path: Path) -> None:
         def cut(ids: dict[str, torch.Tensor]) -> None:
             name = _layers(ids)[0]

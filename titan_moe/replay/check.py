@@ -224,6 +224,16 @@ def _sum(tallies: list[Tally]) -> Tally:
     return Tally(*(sum(column) for column in zip(*tallies, strict=True)))
 
 
+def raise_together(error: Exception | None) -> None:
+    """Raises the first rank's error on every rank, or on none; collective. No rank waits for one that left."""
+    found = [(rank, other) for rank, other in enumerate(_from_all_ranks(error)) if other is not None]
+    if error is not None:
+        raise error
+    if found:
+        rank, other = found[0]
+        raise type(other)(f"rank {rank}: {other}")
+
+
 def _from_all_ranks(mine: Any) -> list[Any]:
     if not dist.is_initialized():
         return [mine]

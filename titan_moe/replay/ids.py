@@ -71,7 +71,7 @@ def ingest(
         )
     for number, layer in enumerate(layers):
         # Wide: a comparison with E would wrap E around to the ids' own dtype.
-        _check_layer(ids_BLGK[:, :, number].long(), layer, valid_BL)
+        check_layer(ids_BLGK[:, :, number].long(), layer, valid_BL)
     dtype = narrowest_dtype(max((layer.num_experts for layer in layers), default=1))
     return ids_BLGK.flatten(0, 1).to(dtype).contiguous()
 
@@ -91,7 +91,8 @@ def _by_sample(ids: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor
     )
 
 
-def _check_layer(ids_BLK: torch.Tensor, layer: LayerShape, valid_BL: torch.Tensor) -> None:
+def check_layer(ids_BLK: torch.Tensor, layer: LayerShape, valid_BL: torch.Tensor) -> None:
+    """Raises ReplayDataError for what ``ingest`` refuses in a layer's int64 ids."""
     if ids_BLK.shape[2] != layer.top_k:
         raise ReplayDataError(f"{layer.name}: K is {ids_BLK.shape[2]}, the layer's is {layer.top_k}")
     present_BN = (ids_BLK != MISSING).flatten(1)

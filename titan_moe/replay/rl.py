@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from titan_moe.replay.check import Gates, ReplayCheck
+from titan_moe.replay.check import Gates, ReplayCheck, raise_together
 from titan_moe.replay.ids import MISSING, ReplayDataError, ingest
 from titan_moe.replay.section import layer_number
 from titan_moe.replay.slots import Installed, Microbatch, Routes, slots_of
@@ -57,7 +57,7 @@ class RolloutReplay:
         valid_BL: torch.Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> Iterator[None]:
-        """The forward in here routes by ``routed_experts``; ids of -1 are filled.
+        """The forward in here routes by ``routed_experts``; ids of -1 are filled. Collective.
 
         Args:
             routed_experts: ``(B * L, layers, K)`` or ``(B, L or L - 1, layers, K)``, int8 to int64, over all
@@ -69,17 +69,23 @@ class RolloutReplay:
             device: where the model runs.
 
         Raises:
-            ReplayDataError: data that cannot be replayed; names sample, layer and token.
+            ReplayDataError: data that cannot be replayed; names sample, layer and token; on every rank, so
+                that none waits in a collective for one that has left.
         """
         shapes = [slot.shape for slot in self.slots]
-        ids_NGK = ingest(
-            routed_experts,
-            shapes,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            columns=self._columns(routed_experts.shape[-2]) if columns is None else columns,
-            valid_BL=valid_BL,
-        )
+        error, ids_NGK = None, routed_experts
+        try:
+            ids_NGK = ingest(
+                routed_experts,
+                shapes,
+                batch_size=batch_size,
+                seq_len=seq_len,
+                columns=self._columns(routed_experts.shape[-2]) if columns is None else columns,
+                valid_BL=valid_BL,
+            )
+        except ReplayDataError as refused:
+            error = refused
+        raise_together(error)
         installed = Installed(
             ids_NGK.to(device, non_blocking=True),
             {(slot.layer, 0): column for column, slot in enumerate(self.slots)},

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from titan_moe.replay.ids import MISSING, LayerShape, ReplayDataError, narrowest_dtype
+from titan_moe.replay.ids import MISSING, LayerShape, ReplayDataError, check_layer, narrowest_dtype
 from titan_moe.replay.slots import Microbatch, Slot
 from titan_moe.router import Choice, Query
 
@@ -198,8 +198,17 @@ class TracedStep:
                 token = int(gaps[0])
                 place = f"sequence {token // header.seq_len}, position {token % header.seq_len}"
                 raise ReplayDataError(f"{name}: {key} has no ids for {place} ({len(gaps)} tokens lack them)")
+            self._check_ids(name, key.rsplit("#", 1)[0], column, header)
         sequences = torch.cat(parts["sequences"])
         self.digest_of = dict(zip(sequences[:, 0].tolist(), sequences[:, 1].tolist(), strict=True))
+
+    def _check_ids(self, name: str, layer: str, column: int, header: Header) -> None:
+        shape = LayerShape(layer, *header.layers.get(layer, (2**15, self.ids_NGK.shape[2])))
+        ids_BLK = self.ids_NGK[:, column].unflatten(0, (-1, header.seq_len)).long()
+        try:
+            check_layer(ids_BLK, shape, torch.ones(ids_BLK.shape[:2], dtype=torch.bool))
+        except ReplayDataError as error:
+            raise ReplayDataError(f"{name}: {error}") from None
 
     def check_digests(self, sequences: torch.Tensor, digests: torch.Tensor) -> None:
         """Raises ReplayDataError where a sequence is not the text that was recorded."""
