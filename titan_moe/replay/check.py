@@ -225,7 +225,7 @@ def _sum(tallies: list[Tally]) -> Tally:
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raises the first rank's error on every rank, or on none; collective. No rank waits for one that left."""
+    """Raises a rank's error on every rank, or on none; collective. No rank waits for one that has left."""
     found = [(rank, other) for rank, other in enumerate(_from_all_ranks(error)) if other is not None]
     if error is not None:
         raise error
