@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from titan_moe.dispatch.base import Routing
 from titan_moe.replay.ids import MISSING
+from titan_moe.replay.regions import unseen_by_selective_ac
 from titan_moe.replay.slots import Microbatch, Slot
 from titan_moe.replay.together import Together
 from titan_moe.router import Choice, Query
@@ -112,8 +114,11 @@ class ReplayCheck:
     @torch.no_grad()
     def _at_the_door(self, slot: Slot, _module: nn.Module, args: tuple[Any, ...]) -> None:
         """The *used* claim, where the router has no say any more."""
-        routing, layer = args[1], slot.layer
-        origin = routing.origin
+        with unseen_by_selective_ac():
+            self._used(slot, args[1])
+
+    def _used(self, slot: Slot, routing: Routing) -> None:
+        layer, origin = slot.layer, routing.origin
         if origin is None or origin.installed_TK is None:
             # Eval and other live forwards may; one of a microbatch with ids may not.
             self._calls["live"][layer] += int(slot.in_microbatch)
