@@ -126,9 +126,8 @@ class TrainingReplay:
 
     def _check_texts(self) -> None:
         assert self._step is not None
-        for number, own in enumerate(
-            self._digests
-        ):  # all of the step's: they were fetched before any forward
+        # All of the step's: torchtitan fetches them before any forward.
+        for number, own in enumerate(self._digests):
             self._step.check_digests(self.place.sequences(number), own)
 
     def finish(self) -> None:
