@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from titan_moe.replay.check import Gates, ReplayCheck, ReplayCheckError
 from titan_moe.replay.ids import LayerShape
 from titan_moe.replay.section import RoutingReplay
-from titan_moe.replay.slots import Installed, Microbatch, Routes, Slot, slots_of
+from titan_moe.replay.slots import Installed, Microbatch, Observer, Routes, Slot, slots_of
 from titan_moe.replay.trace import Header, TracedStep, TraceReader, TraceWriter, digests
 
 
@@ -47,8 +47,9 @@ class TrainingReplay:
         *,
         model: str,
         dump_folder: str,
+        observers: tuple[Observer, ...] = (),
     ) -> None:
-        """``model`` is a name that a trace and its replay must share."""
+        """``model`` is a name that a trace and its replay must share; ``observers`` see every choice."""
         self.section, self.place, self.model_parts, self.model = section, place, model_parts, model
         self.folder = Path(section.path or Path(dump_folder) / "routing_trace")
         slots = [slot for part in model_parts for slot in slots_of(part)]
@@ -62,8 +63,9 @@ class TrainingReplay:
             fill=section.fill,
             fill_weight=section.fill_weight,
             ep_size=place.ep_size,
-            observers=(self.check,) if self.check is not None else (),
+            observers=(*observers, *([self.check] if self.check is not None else [])),
         )
+        self._opened = False
         self.writer: TraceWriter | None = None
         self.reader: TraceReader | None = None
         self._step: TracedStep | None = None
@@ -73,8 +75,9 @@ class TrainingReplay:
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Around one optimizer step. Collective; raises ReplayCheckError on all ranks or none."""
-        if self.writer is None and self.reader is None:
+        if not self._opened and self.section.mode != "off":
             self._open(step)
+        self._opened = True
         if self.reader is not None:
             self._step = self.reader.step(step)
         self._digests = []
@@ -92,7 +95,7 @@ class TrainingReplay:
             yield batch
 
     @contextmanager
-    def microbatch(self, number: int, device: torch.device) -> Iterator[None]:
+    def microbatch(self, number: int, device: torch.device) -> Iterator[Microbatch]:
         """Around one forward and backward."""
         sequences, own = self.place.sequences(number), self._digests[number]
         tokens_N = (sequences.unsqueeze(1) * self.place.seq_len + torch.arange(self.place.seq_len)).flatten()
@@ -106,8 +109,9 @@ class TrainingReplay:
         if self.writer is not None:
             self.writer.digests(sequences, own)
         tokens_N = tokens_N.to(device, non_blocking=True)
-        with self.routes.microbatch(Microbatch(number=number, tokens_N=tokens_N, installed=installed)):
-            yield
+        microbatch = Microbatch(number=number, tokens_N=tokens_N, installed=installed)
+        with self.routes.microbatch(microbatch):
+            yield microbatch
 
     def finish(self) -> None:
         """Raises ReplayCheckError where the check is on and nothing was checked."""
