@@ -148,7 +148,7 @@ def test_no_file(capsys: pytest.CaptureFixture[str], arguments: str, message: st
         ("[job]\ndump_folder = 'x'\n", "x.toml: job is not a section; did you mean 'dump_folder'?"),
         ("[trainig]\nsteps = 3\n", "x.toml: trainig is not a section; did you mean 'training'?"),
         ("[trainig]\n", "x.toml: trainig is not a section; did you mean 'training'?"),
-        ("[routing_replay]\nmode = 'record'\n", "x.toml: routing_replay is not a section"),
+        ("[routing_replays]\nmode = 'record'\n", "x.toml: routing_replays is not a section"),
         ("[training]\nlr = 3e-4\n", "training.lr is not a key of [training]; did you mean 'optimizer.lr'?"),
         ("[training]\nsteps = '3'\n", "training.steps must be an integer, not the string '3'"),
         ("[debug]\nseed = true\n", "debug.seed must be an integer or 'none', not true"),
