@@ -66,13 +66,12 @@ class Trainer(TorchtitanTrainer):
         if config.checkpoint.create_seed_checkpoint:
             return
         if config.numerics.capture:
-            capture = self.capture = Capture(
+            self.capture = Capture(
                 config.numerics,
                 self.model_parts,
                 seq_len=config.training.seq_len,
                 dump_folder=config.dump_folder,
             )
-            self.optimizers.register_step_pre_hook(lambda *_: capture.gradients(self.step))
         if config.routing_replay.mode != "off" or self.capture is not None:
             spec: Any = config.model_spec
             self.replay = TrainingReplay(
@@ -122,7 +121,10 @@ class Trainer(TorchtitanTrainer):
             if self.capture is None:
                 return super().forward_backward_step(**kwargs)
             with self.capture.during(microbatch):
-                return super().forward_backward_step(**kwargs)
+                loss = super().forward_backward_step(**kwargs)
+            if microbatch.number + 1 == self.gradient_accumulation_steps:
+                self.capture.gradients(self.step)  # before they are clipped
+            return loss
 
     def close(self) -> None:
         """As torchtitan, and finishes a recording."""

@@ -26,7 +26,7 @@ FORMAT = 1
 
 
 class Capture:
-    """Watches a model's modules by hooks, its routers as a replay's observer, and its optimizer.
+    """Watches a model's modules by hooks, and its routers as a replay's observer.
 
     Only forwards inside a microbatch count, so eval and recomputation leave nothing.
     """
@@ -95,7 +95,7 @@ class Capture:
             self._parts.setdefault(f"{key}|{column}", []).append(tensor.to("cpu", copy=True))
 
     def gradients(self, step: int) -> None:
-        """Whole gradients of the first steps, as they are before the optimizer's step; collective."""
+        """Whole gradients of the first steps, summed over microbatches; collective."""
         if step > self.gradient_steps:
             return
         whole = {}
