@@ -17,6 +17,11 @@ CASES: dict[str, list[Case]] = {
             says=r"routing_replay.check needs routing_replay.mode \('record'\) to be 'replay'",
         ),
         Case(
+            passes=f"{_R}no-recompute_pin",
+            fails=f"{_R}no-recompute_pin {_R}mode record",
+            says=r"routing_replay.recompute_pin \(false\) with routing_replay.mode 'record'",
+        ),
+        Case(
             passes=f"{_R}check_max_zero_overlap 1.0",
             fails=f"{_R}check_max_zero_overlap 1.5",
             says=r"routing_replay.check_max_zero_overlap \(1.5\) must be between 0 and 1",
@@ -36,7 +41,7 @@ CASES: dict[str, list[Case]] = {
         Case(
             passes=f"""{_R}layers '["5-9"]'""",
             fails=f"""{_R}layers '["6-9"]'""",
-            says=r"routing_replay.layers .* holds none of the MoE layers .*\(layers.1.moe to layers.5.moe\)",
+            says=r"routing_replay.layers: '6-9' holds none of the MoE .*\(layers.1.moe to layers.5.moe\)",
         ),
     ],
     "replay_sees_every_router": [
@@ -44,6 +49,11 @@ CASES: dict[str, list[Case]] = {
             passes=f"{_R}mode record --compile.enable --compile.components '[\"loss\"]'",
             fails=f"{_R}mode record --compile.enable",
             says=r"routing_replay.mode 'record' cannot reach into compiled layers: switch compile.enable off",
+        ),
+        Case(
+            passes="--activation_checkpoint.mode full --activation_checkpoint.debug",
+            fails=f"{_R}mode record --activation_checkpoint.mode full --activation_checkpoint.debug",
+            says=r"needs activation_checkpoint.debug \(True\) off",
         ),
         Case(
             passes="--parallelism.pipeline_parallel_degree 2",

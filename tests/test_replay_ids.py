@@ -379,57 +379,57 @@ def lengths_mask(lengths: Sequence[int]) -> Tensor:
 class TestIngestTakes:
     @pytest.mark.parametrize("flat", [True, False])
     def test_the_grid_in_its_order(self, flat: bool) -> None:
-        ids_BLGK = rollout()
-        got_NGK = take(ids_BLGK.flatten(0, 1) if flat else ids_BLGK)
+        ids_BLCK = rollout()
+        got_NGK = take(ids_BLCK.flatten(0, 1) if flat else ids_BLCK)
         assert got_NGK.shape == (B * L, len(LAYERS), 4)
         for sample in range(B):
             for token in range(L):
-                assert got_NGK[sample * L + token].tolist() == ids_BLGK[sample, token].tolist()
+                assert got_NGK[sample * L + token].tolist() == ids_BLCK[sample, token].tolist()
 
     def test_samples_without_their_last_row(self) -> None:
         """The last token of a rollout was never routed."""
-        ids_BLGK = rollout()
-        got_BLGK = take(ids_BLGK[:, :-1]).unflatten(0, (B, L))
-        assert got_BLGK[:, :-1].tolist() == ids_BLGK[:, :-1].tolist()
+        ids_BLCK = rollout()
+        got_BLGK = take(ids_BLCK[:, :-1]).unflatten(0, (B, L))
+        assert got_BLGK[:, :-1].tolist() == ids_BLCK[:, :-1].tolist()
         assert got_BLGK[:, -1].eq(MISSING).all()
 
     def test_exactly_one_missing_row_at_the_end(self) -> None:
-        ids_BLGK = rollout()
-        ids_BLGK[1, -1] = MISSING
-        assert take(ids_BLGK).tolist() == ids_BLGK.flatten(0, 1).tolist()
+        ids_BLCK = rollout()
+        ids_BLCK[1, -1] = MISSING
+        assert take(ids_BLCK).tolist() == ids_BLCK.flatten(0, 1).tolist()
 
     @pytest.mark.parametrize("tokens", [[0, 1, 2], [2, 3], [0, 2, 3, 5]], ids=["head", "middle", "both"])
     def test_missing_rows_that_are_no_tail(self, tokens: list[int]) -> None:
         """Prompts that a rollout engine had cached."""
-        ids_BLGK = rollout()
-        ids_BLGK[1, tokens] = MISSING
-        assert take(ids_BLGK).tolist() == ids_BLGK.flatten(0, 1).tolist()
+        ids_BLCK = rollout()
+        ids_BLCK[1, tokens] = MISSING
+        assert take(ids_BLCK).tolist() == ids_BLCK.flatten(0, 1).tolist()
 
     def test_partly_missing_rows(self) -> None:
-        ids_BLGK = rollout()
-        ids_BLGK[:, :, :, 1:3] = MISSING
-        ids_BLGK[:, -3:, :, :3] = MISSING
-        assert take(ids_BLGK).tolist() == ids_BLGK.flatten(0, 1).tolist()
+        ids_BLCK = rollout()
+        ids_BLCK[:, :, :, 1:3] = MISSING
+        ids_BLCK[:, -3:, :, :3] = MISSING
+        assert take(ids_BLCK).tolist() == ids_BLCK.flatten(0, 1).tolist()
 
     @pytest.mark.parametrize("shorter", [0, 1], ids=["L", "L-1"])
     def test_padding_that_misses_any_number_of_rows(self, shorter: int) -> None:
         """Samples of n tokens come with n - 1 rows and are padded to the longest."""
-        ids_BLGK, lengths = rollout(), (6, 2, 4)
+        ids_BLCK, lengths = rollout(), (6, 2, 4)
         for sample, length in enumerate(lengths):
-            ids_BLGK[sample, length - 1 :] = MISSING
-        got_NGK = take(ids_BLGK[:, : L - shorter], valid_BL=lengths_mask(lengths))
-        assert got_NGK.tolist() == ids_BLGK.flatten(0, 1).tolist()
-        assert "sample 1, token 1: [-1, -1, -1, -1] is one of several" in refusal(ids_BLGK)
+            ids_BLCK[sample, length - 1 :] = MISSING
+        got_NGK = take(ids_BLCK[:, : L - shorter], valid_BL=lengths_mask(lengths))
+        assert got_NGK.tolist() == ids_BLCK.flatten(0, 1).tolist()
+        assert "sample 1, token 1: [-1, -1, -1, -1] is one of several" in refusal(ids_BLCK)
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
     @pytest.mark.parametrize("rows", [L, L - 1])
     def test_any_signed_dtype_alike(self, dtype: torch.dtype, rows: int) -> None:
         for num_experts in (16, 127):
             layers = [layer._replace(num_experts=num_experts) for layer in LAYERS]
-            ids_BLGK = rollout(layers)[:, :rows]
-            ids_BLGK[0, 2, :, 1] = MISSING
-            expected = take(ids_BLGK, layers)
-            got = take(ids_BLGK.to(dtype), layers)
+            ids_BLCK = rollout(layers)[:, :rows]
+            ids_BLCK[0, 2, :, 1] = MISSING
+            expected = take(ids_BLCK, layers)
+            got = take(ids_BLCK.to(dtype), layers)
             assert got.dtype == expected.dtype == torch.int8
             assert torch.equal(got, expected)
 
@@ -450,8 +450,8 @@ class TestIngestTakes:
         """``narrowest_dtype(128)`` is int8, which does not hold 128 itself."""
         layers = [LayerShape("layers.1.moe", num_experts, 2)]
         top = torch.iinfo(dtype).max
-        ids_BLGK = torch.tensor([[0, top], [44, 99], [MISSING, 7]], dtype=dtype).view(1, 3, 1, 2)
-        got_NGK = take(ids_BLGK, layers, batch_size=1, seq_len=3)
+        ids_BLCK = torch.tensor([[0, top], [44, 99], [MISSING, 7]], dtype=dtype).view(1, 3, 1, 2)
+        got_NGK = take(ids_BLCK, layers, batch_size=1, seq_len=3)
         assert got_NGK.flatten().tolist() == [0, top, 44, 99, MISSING, 7]
 
     @pytest.mark.parametrize(
@@ -502,9 +502,9 @@ class TestIngestTakes:
 
     @pytest.mark.parametrize(("batch_size", "seq_len"), [(0, 4), (2, 0), (2, 1)])
     def test_small_grids(self, batch_size: int, seq_len: int) -> None:
-        ids_BLGK = rollout(batch=batch_size, length=seq_len)
-        got_NGK = take(ids_BLGK, batch_size=batch_size, seq_len=seq_len)
-        assert got_NGK.tolist() == ids_BLGK.flatten(0, 1).tolist()
+        ids_BLCK = rollout(batch=batch_size, length=seq_len)
+        got_NGK = take(ids_BLCK, batch_size=batch_size, seq_len=seq_len)
+        assert got_NGK.tolist() == ids_BLCK.flatten(0, 1).tolist()
 
     def test_one_pick_of_one_token_may_be_expert_0(self) -> None:
         """Not a layer that was never captured."""
@@ -559,71 +559,73 @@ class TestIngestRefuses:
     @pytest.mark.parametrize("bad", [16, 17, 127, -2, -128, 2**31 - 1, -(2**63)])
     def test_ids_out_of_range(self, bad: int, where: tuple[int, int, int]) -> None:
         sample, token, layer = where
-        ids_BLGK = rollout()
-        ids_BLGK[sample, token, layer, 2] = bad
-        row = ids_BLGK[sample, token, layer].tolist()
+        ids_BLCK = rollout()
+        ids_BLCK[sample, token, layer, 2] = bad
+        row = ids_BLCK[sample, token, layer].tolist()
         name = LAYERS[layer].name
         expected = f"{name}, sample {sample}, token {token}: {row} has an id outside [-1, 16)"
-        assert refusal(ids_BLGK) == expected
+        assert refusal(ids_BLCK) == expected
         for dtype in (torch.int8, torch.int32):
             if torch.iinfo(dtype).min <= bad <= torch.iinfo(dtype).max:
-                assert refusal(ids_BLGK.to(dtype)) == expected
+                assert refusal(ids_BLCK.to(dtype)) == expected
 
     @pytest.mark.parametrize("pair", [(0, 1), (0, 3), (2, 3)])
     def test_the_same_id_twice(self, pair: tuple[int, int]) -> None:
-        ids_BLGK = rollout()
-        ids_BLGK[2, 4, 1, pair[1]] = ids_BLGK[2, 4, 1, pair[0]]
-        row = ids_BLGK[2, 4, 1].tolist()
+        ids_BLCK = rollout()
+        ids_BLCK[2, 4, 1, pair[1]] = ids_BLCK[2, 4, 1, pair[0]]
+        row = ids_BLCK[2, 4, 1].tolist()
         expected = f"layers.2.moe, sample 2, token 4: {row} has the same id twice"
-        assert refusal(ids_BLGK) == refusal(ids_BLGK.to(torch.int8)) == expected
+        assert refusal(ids_BLCK) == refusal(ids_BLCK.to(torch.int8)) == expected
 
     def test_the_same_id_twice_next_to_missing_ones(self) -> None:
-        ids_BLGK = rollout()
-        ids_BLGK[1, 2, 0] = torch.tensor([MISSING, 7, MISSING, 7])
-        said = refusal(ids_BLGK)
+        ids_BLCK = rollout()
+        ids_BLCK[1, 2, 0] = torch.tensor([MISSING, 7, MISSING, 7])
+        said = refusal(ids_BLCK)
         assert said == "layers.1.moe, sample 1, token 2: [-1, 7, -1, 7] has the same id twice"
 
     def test_a_row_of_zeros(self) -> None:
         """What engines put where they captured nothing."""
-        ids_BLGK = rollout()
-        ids_BLGK[1, 2, 2] = 0
-        said = refusal(ids_BLGK)
+        ids_BLCK = rollout()
+        ids_BLCK[1, 2, 2] = 0
+        said = refusal(ids_BLCK)
         assert said == "layers.5.moe, sample 1, token 2: [0, 0, 0, 0] has the same id twice"
 
     def test_the_first_of_many(self) -> None:
-        ids_BLGK = rollout()
-        ids_BLGK[1, 4:, :] = ids_BLGK[2, :, :] = 99
-        assert refusal(ids_BLGK).startswith("layers.1.moe, sample 1, token 4: ")
+        ids_BLCK = rollout()
+        ids_BLCK[1, 4:, :] = ids_BLCK[2, :, :] = 99
+        assert refusal(ids_BLCK).startswith("layers.1.moe, sample 1, token 4: ")
 
     @pytest.mark.parametrize("rows", ["L", "L-1", "padded"])
     @pytest.mark.parametrize("top_k", [1, 4])
     def test_a_layer_of_zeros(self, top_k: int, rows: str) -> None:
         """Not captured, or not gathered from its pipeline stage. Rows that are missing change nothing."""
         layers = [layer._replace(top_k=top_k) for layer in LAYERS]
-        ids_BLGK, valid_BL = rollout(layers), lengths_mask((L, 4, L))
-        ids_BLGK[1, :, 1] = 0
+        ids_BLCK, valid_BL = rollout(layers), lengths_mask((L, 4, L))
+        # With one pick per token, a single sample may well go to expert 0 throughout.
+        first = 0 if top_k == 1 else 1
+        ids_BLCK[slice(None) if top_k == 1 else 1, :, 1] = 0
         if rows == "padded":
-            ids_BLGK[1, 4:] = MISSING
+            ids_BLCK[1, 4:] = MISSING
         said = refusal(
-            ids_BLGK[:, :-1] if rows == "L-1" else ids_BLGK,
+            ids_BLCK[:, :-1] if rows == "L-1" else ids_BLCK,
             layers,
             valid_BL=valid_BL if rows == "padded" else None,
         )
-        assert said == "layers.2.moe, sample 1: every id is 0; the layer was not captured"
+        assert said == f"layers.2.moe, sample {first}: every id is 0; the layer was not captured"
 
     def test_several_missing_rows_at_the_end(self) -> None:
-        ids_BLGK = rollout()
-        ids_BLGK[1, -3:, 1] = MISSING
-        said = refusal(ids_BLGK)
+        ids_BLCK = rollout()
+        ids_BLCK[1, -3:, 1] = MISSING
+        said = refusal(ids_BLCK)
         row = [MISSING] * 4
         expected = f"layers.2.moe, sample 1, token 3: {row} is one of several trailing tokens without ids"
         assert said == expected
 
     def test_one_more_missing_row_than_the_last(self) -> None:
         """L - 1 rows are one token short already."""
-        ids_BLGK = rollout()[:, :-1]
-        ids_BLGK[2, -1] = MISSING
-        assert refusal(ids_BLGK).startswith("layers.1.moe, sample 2, token 4: ")
+        ids_BLCK = rollout()[:, :-1]
+        ids_BLCK[2, -1] = MISSING
+        assert refusal(ids_BLCK).startswith("layers.1.moe, sample 2, token 4: ")
 
     def test_missing_tails_are_those_of_the_valid_tokens(self) -> None:
         """Against a loop: padding anywhere, missing rows anywhere."""
@@ -631,10 +633,10 @@ class TestIngestRefuses:
         layers = [LayerShape("layers.1.moe", 16, 2)]
         refused = 0
         for seed in range(300):
-            ids_BLGK = rollout(layers, seed=seed)
+            ids_BLCK = rollout(layers, seed=seed)
             valid = [[chance.random() < 0.7 for _ in range(L)] for _ in range(B)]
             missing = [[chance.random() < 0.4 for _ in range(L)] for _ in range(B)]
-            ids_BLGK[torch.tensor(missing)] = MISSING
+            ids_BLCK[torch.tensor(missing)] = MISSING
             first_bad = None
             for sample in reversed(range(B)):
                 tail = []
@@ -646,10 +648,10 @@ class TestIngestRefuses:
                 if len(tail) > 1:
                     first_bad = (sample, tail[-1])
             if first_bad is None:
-                assert take(ids_BLGK, layers, valid_BL=torch.tensor(valid)).shape == (B * L, 1, 2)
+                assert take(ids_BLCK, layers, valid_BL=torch.tensor(valid)).shape == (B * L, 1, 2)
                 continue
             refused += 1
-            said = refusal(ids_BLGK, layers, valid_BL=torch.tensor(valid))
+            said = refusal(ids_BLCK, layers, valid_BL=torch.tensor(valid))
             assert said.startswith("layers.1.moe, sample {}, token {}: ".format(*first_bad))
         assert 50 < refused < 250
 
@@ -680,12 +682,12 @@ class TestIngestRefuses:
 
     def test_a_valid_mask_of_ones_and_zeros(self) -> None:
         """An attention mask is int64 in many trainers: ``~1`` is true as well, and all would be padding."""
-        ids_BLGK = rollout()
-        ids_BLGK[1, 1:3] = MISSING  # no tail
-        ids_BLGK[2, 3:] = MISSING  # one valid token and padding
+        ids_BLCK = rollout()
+        ids_BLCK[1, 1:3] = MISSING  # no tail
+        ids_BLCK[2, 3:] = MISSING  # one valid token and padding
         valid_BL = lengths_mask((6, 6, 4))
-        assert take(ids_BLGK, valid_BL=valid_BL).tolist() == ids_BLGK.flatten(0, 1).tolist()
-        assert "valid_BL" in refusal(ids_BLGK, valid_BL=valid_BL.long())
+        assert take(ids_BLCK, valid_BL=valid_BL).tolist() == ids_BLCK.flatten(0, 1).tolist()
+        assert "valid_BL" in refusal(ids_BLCK, valid_BL=valid_BL.long())
 
 
 # --- the router with a source that replays
@@ -926,10 +928,10 @@ def layout(batch_size: int, seq_len: int, sp_rank: int = 0, sp_size: int = 1) ->
 
 def gaps(batch_size: int, seq_len: int, top_k: int) -> Tensor:
     """``(B * L, 1, K)`` with partly and fully missing rows, and whole ones."""
-    ids_NGK = distinct_ids(batch_size * seq_len, 1, num_experts=E, top_k=top_k, seed=11)
-    ids_NGK[draw(*ids_NGK.shape, seed=12) > 0.2] = MISSING
-    ids_NGK[::5] = MISSING
-    return ids_NGK
+    ids_PCK = distinct_ids(batch_size * seq_len, 1, num_experts=E, top_k=top_k, seed=11)
+    ids_PCK[draw(*ids_PCK.shape, seed=12) > 0.2] = MISSING
+    ids_PCK[::5] = MISSING
+    return ids_PCK
 
 
 class TestThroughSlots:
@@ -937,11 +939,11 @@ class TestThroughSlots:
         router = build(draw(E, D, seed=2), **options)
         return router, Slot("layers.1.moe", router, Regions())
 
-    def microbatch(self, ids_NGK: Tensor, tokens_N: Tensor | None = None, **options: Any) -> Microbatch:
-        installed = Installed(ids_NGK, {("layers.1.moe", 0): 0}, has_missing=True, **options)
+    def microbatch(self, ids_PCK: Tensor, tokens_P: Tensor | None = None, **options: Any) -> Microbatch:
+        installed = Installed(ids_PCK, {("layers.1.moe", 0): 0}, has_missing=True, **options)
         return Microbatch(
             number=0,
-            tokens_N=torch.arange(len(ids_NGK)) if tokens_N is None else tokens_N,
+            tokens_P=torch.arange(len(ids_PCK)) if tokens_P is None else tokens_P,
             installed=installed,
         )
 
@@ -951,12 +953,12 @@ class TestThroughSlots:
         options = {"top_k": 4, "num_expert_groups": 4, "num_limited_groups": limited}
         router, slot = self.slot(**options)
         routes = Routes([slot])
-        ids_NGK, x_TD, bias_E = gaps(2, 40, 4), draw(80, D, seed=1), 0.3 * draw(E, seed=3)
-        with routes.microbatch(self.microbatch(ids_NGK)):
+        ids_PCK, x_TD, bias_E = gaps(2, 40, 4), draw(80, D, seed=1), 0.3 * draw(E, seed=3)
+        with routes.microbatch(self.microbatch(ids_PCK)):
             routing = router(x_TD, bias_E, layout(2, 40))
         expected, outside = [], 0
         scores_TE = (x_TD @ router.gate.weight.T).sigmoid().detach()
-        for t, row in enumerate(ids_NGK[:, 0].tolist()):
+        for t, row in enumerate(ids_PCK[:, 0].tolist()):
             biased = (scores_TE[t] + bias_E).tolist()
             allowed = oracle.choose_experts(biased, 4 * limited, 4, limited)
             order = [*allowed, *(e for e in range(E) if e not in allowed)]
@@ -972,11 +974,11 @@ class TestThroughSlots:
     @pytest.mark.parametrize("fill_weight", ["live", "zero"])
     def test_weight_of_a_filled_pick(self, fill_weight: Any, fill: Any) -> None:
         router, slot = self.slot(top_k=4, route_norm=True)
-        ids_NGK = gaps(2, 20, 4)
-        with Routes([slot], fill=fill, fill_weight=fill_weight).microbatch(self.microbatch(ids_NGK)):
+        ids_PCK = gaps(2, 20, 4)
+        with Routes([slot], fill=fill, fill_weight=fill_weight).microbatch(self.microbatch(ids_PCK)):
             routing = router(draw(40, D, seed=1), None, layout(2, 20))
-        missing_TK = ids_NGK[:, 0] == MISSING
-        assert_total(ids_NGK[:, 0], routing.topk_expert_ids_TK, E)
+        missing_TK = ids_PCK[:, 0] == MISSING
+        assert_total(ids_PCK[:, 0], routing.topk_expert_ids_TK, E)
         assert routing.topk_scores_TK[~missing_TK].gt(0).all()
         filled_K = routing.topk_scores_TK[missing_TK]
         assert (filled_K.eq(0) if fill_weight == "zero" else filled_K.gt(0)).all()
@@ -988,15 +990,15 @@ class TestThroughSlots:
         batch_size, seq_len = 2, 9
         router, slot = self.slot(top_k=4)
         routes = Routes([slot], fill=fill, ep_size=8)
-        ids_NGK, x_TD = gaps(batch_size, seq_len, 4), draw(batch_size * seq_len, D, seed=1)
-        tokens_N = 1000 + torch.arange(batch_size * seq_len)
-        with routes.microbatch(self.microbatch(ids_NGK, tokens_N)):
+        ids_PCK, x_TD = gaps(batch_size, seq_len, 4), draw(batch_size * seq_len, D, seed=1)
+        tokens_P = 1000 + torch.arange(batch_size * seq_len)
+        with routes.microbatch(self.microbatch(ids_PCK, tokens_P)):
             whole_TK = router(x_TD, None, layout(batch_size, seq_len)).topk_expert_ids_TK
-        assert_total(ids_NGK[:, 0], whole_TK, E)
+        assert_total(ids_PCK[:, 0], whole_TK, E)
         for sp_rank in range(sp_size):
             part = layout(batch_size, seq_len, sp_rank, sp_size)
             mine = part.global_token_indices()
-            with routes.microbatch(self.microbatch(ids_NGK, tokens_N)):
+            with routes.microbatch(self.microbatch(ids_PCK, tokens_P)):
                 part_TK = router(x_TD[mine], None, part).topk_expert_ids_TK
             assert torch.equal(part_TK, whole_TK[mine])
 
@@ -1009,8 +1011,8 @@ class TestThroughSlots:
         ids_BLK, x_BLD = gaps(8, seq_len, 4).view(8, seq_len, 4), draw(8, seq_len, D, seed=1)
 
         def routed(sequences: list[int]) -> Tensor:
-            tokens_N, ids_NGK = tokens_BL[sequences].flatten(), ids_BLK[sequences].view(-1, 1, 4)
-            with routes.microbatch(self.microbatch(ids_NGK, tokens_N)):
+            tokens_P, ids_PCK = tokens_BL[sequences].flatten(), ids_BLK[sequences].view(-1, 1, 4)
+            with routes.microbatch(self.microbatch(ids_PCK, tokens_P)):
                 routing = router(x_BLD[sequences].flatten(0, 1), None, layout(len(sequences), seq_len))
             return routing.topk_expert_ids_TK.view(-1, seq_len, 4)
 
@@ -1023,16 +1025,16 @@ class TestThroughSlots:
         router, slot = self.slot(top_k=3)
         num_tokens = 4096 + 4094  # 4094 * 3 picks leave ten of a round of 16 experts
         routes = Routes([slot], fill="balanced", ep_size=8)
-        ids_NGK = distinct_ids(num_tokens, 1, num_experts=E, top_k=3)
-        valid_N = torch.arange(num_tokens) < 4096
-        ids_NGK[~valid_N] = MISSING
+        ids_PCK = distinct_ids(num_tokens, 1, num_experts=E, top_k=3)
+        valid_P = torch.arange(num_tokens) < 4096
+        ids_PCK[~valid_P] = MISSING
         x_TD = draw(num_tokens, D, seed=1)
-        x_TD[~valid_N] = 1.0
-        with routes.microbatch(self.microbatch(ids_NGK, valid_N=valid_N)):
+        x_TD[~valid_P] = 1.0
+        with routes.microbatch(self.microbatch(ids_PCK, valid_P=valid_P)):
             routing = router(x_TD, None, layout(1, num_tokens))
         for load in loads(routing.topk_expert_ids_TK[4096:], E, ep_size=8):
             assert max(load) - min(load) <= 1
-        real_E = torch.tensor(loads(ids_NGK[:4096], E, ep_size=8)[0])
+        real_E = torch.tensor(loads(ids_PCK[:4096], E, ep_size=8)[0])
         assert torch.equal(routing.counted_E, real_E)
         assert routing.num_tokens_per_expert_E.sum() == num_tokens * 3
 

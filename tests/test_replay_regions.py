@@ -618,11 +618,11 @@ class TestNothingLeaks:
     def test_two_models_of_the_same_names(self) -> None:
         """Their forwards and backwards interleave; one of them replays."""
         one, other = bound(Model(CASES), "full"), bound(Model(CASES[::-1]), "full")
-        ids_NGK = some_ids(1, 18, 2)
+        ids_PCK = some_ids(1, 18, 2)
         routes = Routes(one.slots)
-        expected = alone(following(Model(CASES), ids_NGK)) + alone(Model(CASES[::-1]))
+        expected = alone(following(Model(CASES), ids_PCK)) + alone(Model(CASES[::-1]))
         x_BLD, y_BLD = tokens(0), tokens(0)
-        with routes.microbatch(microbatch(0, install(ids_NGK))):
+        with routes.microbatch(microbatch(0, install(ids_PCK))):
             move_selection(other.model, 0)
             one_BLD, other_BLD = one.model(x_BLD), other.model(y_BLD)
             move_selection(other.model, 1)
@@ -652,29 +652,29 @@ class TestNothingLeaks:
 def some_ids(seed: int, num_tokens: int, columns: int, *, missing: float = 0.0) -> Tensor:
     """``(N, columns, K)`` int8, different in a row; about this part of them missing."""
     generator = torch.Generator().manual_seed(seed)
-    ids_NGK = torch.rand(num_tokens, columns, E, generator=generator).argsort(-1)[..., :K]
-    absent_NGK = torch.rand(ids_NGK.shape, generator=generator) < missing
-    return ids_NGK.masked_fill(absent_NGK, -1).to(torch.int8)
+    ids_PCK = torch.rand(num_tokens, columns, E, generator=generator).argsort(-1)[..., :K]
+    absent_NGK = torch.rand(ids_PCK.shape, generator=generator) < missing
+    return ids_PCK.masked_fill(absent_NGK, -1).to(torch.int8)
 
 
-def install(ids_NGK: Tensor, valid_N: Tensor | None = None, *, calls: int = 1) -> Installed:
+def install(ids_PCK: Tensor, valid_P: Tensor | None = None, *, calls: int = 1) -> Installed:
     """Columns layer by layer, call by call."""
     keys = [(layer, call) for layer in LAYERS for call in range(calls)]
-    columns = {key: column for column, key in enumerate(keys[: ids_NGK.shape[1]])}
-    return Installed(ids_NGK, columns, has_missing=bool((ids_NGK < 0).any()), valid_N=valid_N)
+    columns = {key: column for column, key in enumerate(keys[: ids_PCK.shape[1]])}
+    return Installed(ids_PCK, columns, has_missing=bool((ids_PCK < 0).any()), valid_P=valid_P)
 
 
 def microbatch(number: int, installed: Installed | None = None, num_tokens: int = 18) -> Microbatch:
-    return Microbatch(number=number, tokens_N=torch.arange(num_tokens), installed=installed)
+    return Microbatch(number=number, tokens_P=torch.arange(num_tokens), installed=installed)
 
 
-def following(model: Model, ids_NGK: Tensor) -> Model:
+def following(model: Model, ids_PCK: Tensor) -> Model:
     """Routers that take these ids, column by column, whatever they score: what a replay must equal."""
 
     def follow(_query: Query, counter: Iterator[int]) -> Choice:
-        return Choice(ids_NGK[:, next(counter)].long())
+        return Choice(ids_PCK[:, next(counter)].long())
 
-    columns = [column for _ in range(100) for column in range(ids_NGK.shape[1])]
+    columns = [column for _ in range(100) for column in range(ids_PCK.shape[1])]
     counter = iter(columns)
     for moe in moes(model):
         moe.router.source = lambda query: follow(query, counter)
@@ -746,33 +746,33 @@ class TestInstalled:
 
     def test_gradients_are_those_of_the_ids(self) -> None:
         found, _ = REPLAYS["replay"].run(Model(CASES), "full", "F0 F1 B0 B1")
-        ids_NGK = torch.cat([some_ids(number, 18, 2) for number in range(2)], dim=1)
-        assert differing(found, alone(following(Model(CASES), ids_NGK), 2)) == []
+        ids_PCK = torch.cat([some_ids(number, 18, 2) for number in range(2)], dim=1)
+        assert differing(found, alone(following(Model(CASES), ids_PCK), 2)) == []
         assert differing(found, alone(Model(CASES), 2)) != []
 
     def test_by_layer_and_call(self) -> None:
         """Columns in an order of their own; the calls of a shared layer have one each."""
-        ids_NGK = some_ids(1, 18, 3)
+        ids_PCK = some_ids(1, 18, 3)
         for build, calls in ((SHARED["one checkpoint"], 2), (SHARED["two checkpoints"], 2)):
             built = bound(build(), "full")
             seen = watch(built.model)["layers.0.moe"]
             columns = {("layers.0.moe", 0): 2, ("layers.0.moe", 1): 0}
-            routes, batch = Routes(built.slots), microbatch(0, Installed(ids_NGK, columns, has_missing=False))
+            routes, batch = Routes(built.slots), microbatch(0, Installed(ids_PCK, columns, has_missing=False))
             found = run(built.model, "F0 B0", forward_in=lambda _n, r=routes, b=batch: r.microbatch(b))
-            assert ids_of(seen)[:2] == [ids_NGK[:, 2].tolist(), ids_NGK[:, 0].tolist()]
+            assert ids_of(seen)[:2] == [ids_PCK[:, 2].tolist(), ids_PCK[:, 0].tolist()]
             assert batch.calls == {"layers.0.moe": calls}
             assert [routing.origin.call for routing in seen[:2]] == [0, 1]
-            assert differing(found, alone(following(build(), ids_NGK[:, [2, 0]]))) == []
+            assert differing(found, alone(following(build(), ids_PCK[:, [2, 0]]))) == []
 
     def test_layers_without_a_column_route_live(self) -> None:
         built = bound(Model(CASES), "full")
-        seen, ids_NGK = watch(built.model), some_ids(1, 18, 1)
-        installed = Installed(ids_NGK, {("layers.1.moe", 0): 0}, has_missing=False)
+        seen, ids_PCK = watch(built.model), some_ids(1, 18, 1)
+        installed = Installed(ids_PCK, {("layers.1.moe", 0): 0}, has_missing=False)
         with Routes(built.slots).microbatch(microbatch(4, installed)):
             built.model(tokens(0)).backward(out_gradient(0))
         live_TK = with_input(CASES[0], tokens(0)).run().topk_ids_TK
         assert ids_of(seen["layers.0.moe"]) == [live_TK.tolist()] * 2
-        assert ids_of(seen["layers.1.moe"]) == [ids_NGK[:, 0].tolist()] * 2
+        assert ids_of(seen["layers.1.moe"]) == [ids_PCK[:, 0].tolist()] * 2
         for layer, there in zip(LAYERS, (False, True), strict=True):
             for routing in seen[layer]:
                 assert routing.origin[:3] == (layer, 4, 0)
@@ -780,22 +780,22 @@ class TestInstalled:
 
     def test_a_fill_is_frozen(self) -> None:
         """By score: another gate would fill with other experts."""
-        ids_NGK = some_ids(1, 18, 2, missing=0.4)
-        before, again = self._filled(ids_NGK, pinned=True)
+        ids_PCK = some_ids(1, 18, 2, missing=0.4)
+        before, again = self._filled(ids_PCK, pinned=True)
         assert before == again
-        before, again = self._filled(ids_NGK, pinned=False)
-        assert before != again
-        for layer_before, layer_ids in zip(before, ids_NGK.unbind(1), strict=True):
+        with pytest.raises(RuntimeError, match="recomputation outside of a region would route live"):
+            self._filled(ids_PCK, pinned=False)
+        for layer_before, layer_ids in zip(before, ids_PCK.unbind(1), strict=True):
             there_TK = layer_ids >= 0
             filled_TK = torch.tensor(layer_before)
             assert torch.equal(filled_TK[there_TK], layer_ids[there_TK].long())
             assert all(len(set(row)) == K for row in layer_before)
 
-    def _filled(self, ids_NGK: Tensor, *, pinned: bool) -> tuple[list[Any], list[Any]]:
+    def _filled(self, ids_PCK: Tensor, *, pinned: bool) -> tuple[list[Any], list[Any]]:
         """Ids at both dispatchers, in the forward and after the gates moved."""
         built = bound(Model(CASES), "full", pinned=pinned)
         seen = watch(built.model)
-        with Routes(built.slots).microbatch(microbatch(0, install(ids_NGK))):
+        with Routes(built.slots).microbatch(microbatch(0, install(ids_PCK))):
             out_BLD = built.model(tokens(0))
         move_gates(built.model, 1)
         out_BLD.backward(out_gradient(0))
@@ -804,14 +804,14 @@ class TestInstalled:
         return [first for first, _ in calls], [second for _, second in calls]
 
     def test_a_fill_without_weight(self) -> None:
-        ids_NGK = some_ids(1, 18, 2, missing=0.4)
+        ids_PCK = some_ids(1, 18, 2, missing=0.4)
         built = bound(Model(CASES), "full")
         seen = watch(built.model)
-        with Routes(built.slots, fill_weight="zero").microbatch(microbatch(0, install(ids_NGK))):
+        with Routes(built.slots, fill_weight="zero").microbatch(microbatch(0, install(ids_PCK))):
             out_BLD = built.model(tokens(0))
         move_gates(built.model, 1)
         out_BLD.backward(out_gradient(0))
-        for layer, ids_NK in zip(LAYERS, ids_NGK.unbind(1), strict=True):
+        for layer, ids_NK in zip(LAYERS, ids_PCK.unbind(1), strict=True):
             assert len(seen[layer]) == 2
             for routing in seen[layer]:
                 assert torch.equal(routing.topk_scores_TK == 0, ids_NK < 0)
@@ -931,9 +931,9 @@ class TestPadding:
     @pytest.mark.parametrize("missing", [True, False])
     @pytest.mark.parametrize("ac", ["none", "full", "selective"])
     def test_does_not_reach_counts_and_bias(self, ac: str, missing: bool) -> None:
-        ids_NGK, padded_NGK, valid_N = self._data(missing)
-        plain = self._counted(tokens(0, 6), "none", install(ids_NGK))
-        padded = self._counted(self._padded(tokens(0, 6)), ac, install(padded_NGK, valid_N))
+        ids_PCK, padded_NGK, valid_P = self._data(missing)
+        plain = self._counted(tokens(0, 6), "none", install(ids_PCK))
+        padded = self._counted(self._padded(tokens(0, 6)), ac, install(padded_NGK, valid_P))
         without = self._counted(self._padded(tokens(0, 6)), ac, install(padded_NGK))
         assert sum(plain[0][0]) == 12 * K
         assert padded[0] == plain[0] != without[0]
@@ -943,11 +943,11 @@ class TestPadding:
 
     def _data(self, missing: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Ids of 2 x 6 tokens, of the same and 2 x 6 of padding behind, and which are which."""
-        ids_NGK = some_ids(1, 12, 2)
-        pads_NGK = torch.full_like(ids_NGK, -1) if missing else some_ids(2, 12, 2)
-        padded = torch.cat([ids_NGK.unflatten(0, (2, 6)), pads_NGK.unflatten(0, (2, 6))], dim=1)
+        ids_PCK = some_ids(1, 12, 2)
+        pads_NGK = torch.full_like(ids_PCK, -1) if missing else some_ids(2, 12, 2)
+        padded = torch.cat([ids_PCK.unflatten(0, (2, 6)), pads_NGK.unflatten(0, (2, 6))], dim=1)
         valid_BL = (torch.arange(12) < 6).expand(2, 12)
-        return ids_NGK, padded.flatten(0, 1), valid_BL.flatten()
+        return ids_PCK, padded.flatten(0, 1), valid_BL.flatten()
 
     def _padded(self, x_BLD: Tensor) -> Tensor:
         return torch.cat([x_BLD.detach(), torch.ones_like(x_BLD)], dim=1).requires_grad_()
@@ -971,7 +971,7 @@ def turning_ids(batch: int, length: int) -> Tensor:
     return ((first_N[:, None] + torch.arange(K)) % E).unsqueeze(1).to(torch.int8)
 
 
-def replay_on(ctx: RankContext, case: Case, mesh: Mesh, ids_N1K: Tensor, valid_N: Tensor) -> dict[str, Any]:
+def replay_on(ctx: RankContext, case: Case, mesh: Mesh, ids_N1K: Tensor, valid_P: Tensor) -> dict[str, Any]:
     """Rows and ids at the dispatcher of a checkpointed layer, run and rerun; output, gradients, load."""
     dims = layers.parallel_dims(ctx, mesh)
     layer = layers.on_mesh(layers.build_layer(case, "all_to_all"), dims, mesh)
@@ -982,8 +982,8 @@ def replay_on(ctx: RankContext, case: Case, mesh: Mesh, ids_N1K: Tensor, valid_N
     )
     x_BLD = ctx.replicate(case.params["x_BLD"])
     columns = {("moe", 0): 0}
-    installed = Installed(ctx.replicate(ids_N1K), columns, has_missing=False, valid_N=ctx.replicate(valid_N))
-    batch = Microbatch(number=0, tokens_N=torch.arange(ids_N1K.shape[0]), installed=installed)
+    installed = Installed(ctx.replicate(ids_N1K), columns, has_missing=False, valid_P=ctx.replicate(valid_P))
+    batch = Microbatch(number=0, tokens_P=torch.arange(ids_N1K.shape[0]), installed=installed)
     with Routes(built.slots).microbatch(batch):
         out = built.model["moe"](layers.placed(x_BLD, dims, mesh))
     layer.expert_bias_E.copy_(torch.linspace(1, -1, E))
@@ -1012,8 +1012,8 @@ class TestSequenceParallel:
     @pytest.mark.parametrize("mesh", SP_MESHES, ids=str)
     def test_each_token_has_its_own(self, mesh: Mesh, length: int, mode: Mode) -> None:
         case = layer_case(1, length=length)
-        ids_N1K, valid_N = turning_ids(2, length), torch.arange(2 * length) % 3 != 1
-        results = run_ranks(replay_on, 2, case, mesh, ids_N1K, valid_N, mode=mode)
+        ids_N1K, valid_P = turning_ids(2, length), torch.arange(2 * length) % 3 != 1
+        results = run_ranks(replay_on, 2, case, mesh, ids_N1K, valid_P, mode=mode)
         assert self._mistaken(case, results) == []
         whole = list(range(2 * length))
         for call in range(2):
@@ -1023,7 +1023,7 @@ class TestSequenceParallel:
             else:
                 assert places == [whole, whole]
         for result, held in zip(results, places, strict=True):
-            counted = ids_N1K[[n for n in held if valid_N[n]]].long()
+            counted = ids_N1K[[n for n in held if valid_P[n]]].long()
             assert result["load_E"].tolist() == counted.flatten().bincount(minlength=E).tolist()
         out, gradients = case.run_with_gradients(ids_N1K[:, 0].long())
         for name, expected in {"out_BLD": out.out_BLD.detach(), **gradients}.items():
@@ -1033,13 +1033,13 @@ class TestSequenceParallel:
     def test_a_flat_offset_per_rank_would_be_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """pytorch/torchtitan#3604: right for one sequence only."""
 
-        def flat(_layer: str, layout: DispatchMetadata, ids_NGK: Tensor) -> Tensor:
+        def flat(_layer: str, layout: DispatchMetadata, ids_PCK: Tensor) -> Tensor:
             return torch.arange(layout.num_local_tokens) + layout.sp_rank * layout.num_local_tokens
 
         monkeypatch.setattr(slots_module, "places", flat)
         case = layer_case(1, length=4)
-        ids_N1K, valid_N = turning_ids(2, 4), torch.ones(8, dtype=torch.bool)
-        results = run_ranks(replay_on, 2, case, SP_MESHES[0], ids_N1K, valid_N, mode="local_tensor")
+        ids_N1K, valid_P = turning_ids(2, 4), torch.ones(8, dtype=torch.bool)
+        results = run_ranks(replay_on, 2, case, SP_MESHES[0], ids_N1K, valid_P, mode="local_tensor")
         assert self._mistaken(case, results) != []
 
     def _mistaken(self, case: Case, results: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
@@ -1132,25 +1132,25 @@ class TestBinding:
     def test_made_in_another_order(self) -> None:
         later, earlier = (Block(layers.build_layer(case)) for case in (CASES[1], CASES[0]))
         built = bound(model_of(earlier, later), "full")
-        ids_NGK = some_ids(0, 18, 2)
+        ids_PCK = some_ids(0, 18, 2)
         seen = watch(built.model)
-        with Routes(built.slots).microbatch(microbatch(0, install(ids_NGK))):
+        with Routes(built.slots).microbatch(microbatch(0, install(ids_PCK))):
             built.model(tokens(0))
-        assert [ids_of(seen[layer]) for layer in LAYERS] == [[ids.tolist()] for ids in ids_NGK.unbind(1)]
+        assert [ids_of(seen[layer]) for layer in LAYERS] == [[ids.tolist()] for ids in ids_PCK.unbind(1)]
 
     def test_orphans_have_no_part(self) -> None:
         """A decoder that was built, bound and thrown away (verl#7340)."""
         orphan = bound(Model(CASES))
         orphan_routes = Routes(orphan.slots)
         built = bound(Model(CASES), "full")
-        routes, ids_NGK = Routes(built.slots), some_ids(0, 18, 2)
+        routes, ids_PCK = Routes(built.slots), some_ids(0, 18, 2)
         seen, orphan_seen = watch(built.model), watch(orphan.model)
-        batch = microbatch(0, install(ids_NGK))
+        batch = microbatch(0, install(ids_PCK))
         with orphan_routes.microbatch(microbatch(9)), routes.microbatch(batch):
             orphan.model(tokens(0))
             built.model(tokens(0))
         assert batch.calls == dict.fromkeys(LAYERS, 1)
-        assert [ids_of(seen[layer]) for layer in LAYERS] == [[ids.tolist()] for ids in ids_NGK.unbind(1)]
+        assert [ids_of(seen[layer]) for layer in LAYERS] == [[ids.tolist()] for ids in ids_PCK.unbind(1)]
         live_TK = with_input(CASES[0], tokens(0)).run().topk_ids_TK
         assert ids_of(orphan_seen["layers.0.moe"]) == [live_TK.tolist()]
 
@@ -1181,12 +1181,12 @@ class TestBinding:
         names = [*LAYERS, "mtp_layers.0.moe"]
         built = bound(WithMTP(), "full")
         assert [slot.layer for slot in built.slots] == names
-        ids_NGK = some_ids(0, 18, 3)
+        ids_PCK = some_ids(0, 18, 3)
         columns = {(name, 0): column for column, name in enumerate(names)}
-        batch = microbatch(0, Installed(ids_NGK, columns, has_missing=False))
+        batch = microbatch(0, Installed(ids_PCK, columns, has_missing=False))
         seen = watch(built.model)
         routes = Routes(built.slots)
         found = run(built.model, "F0 B0", forward_in=lambda _number: routes.microbatch(batch))
         assert batch.calls == dict.fromkeys(names, 1)
-        assert [ids_of(seen[name])[0] for name in names] == [ids.tolist() for ids in ids_NGK.unbind(1)]
-        assert differing(found, alone(following(WithMTP(), ids_NGK))) == []
+        assert [ids_of(seen[name])[0] for name in names] == [ids.tolist() for ids in ids_PCK.unbind(1)]
+        assert differing(found, alone(following(WithMTP(), ids_PCK))) == []

@@ -1,6 +1,5 @@
 """The face for RL trainers: ids of a rollout engine, installed for a microbatch."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests import layers
 from tests.oracle import random_case
@@ -207,7 +207,7 @@ class TestCost:
     def test_record(self, model: Model, tmp_path: Path) -> None:
         writer = TraceWriter(tmp_path, header(), rank=0, num_ranks=1, mesh="")
         routes = Routes(slots_of(model), observers=(writer,))
-        with routes.microbatch(Microbatch(number=0, tokens_N=torch.arange(B * L))):
+        with routes.microbatch(Microbatch(number=0, tokens_P=torch.arange(B * L))):
             assert self._reads(model) == []
         (ids_TK,) = writer._parts["layers.1.moe#0"]
         assert ids_TK.dtype == torch.int8
@@ -250,13 +250,13 @@ class TestCheck:
             2,
         )
         assert first["used"] == second["used"] == second["mean_overlap"] == second["lift"] == 1.0
-        assert first["ids"] != second["ids"]
+        assert first["used_ids"] == first["installed_ids"] != second["used_ids"]
 
     def test_random_routes_break_the_gate(self, model: Model, tmp_path: Path) -> None:
         replay = self._replay(model, tmp_path)
         with install(replay, random_ids()):
             model(x_BLD()).backward(CASES[1].grad_out_BLD)
-        with pytest.raises(ReplayCheckError, match=r"step 3: .* share no expert with the live routers"):
+        with pytest.raises(ReplayCheckError, match=r"step 3: .* share no expert with the live router"):
             replay.end_step(3)
 
     def test_a_forward_without_its_backward(self, model: Model, tmp_path: Path) -> None:
@@ -282,6 +282,92 @@ class TestCheck:
             assert line["suspicious_flips"] > 0
 
 
-def test_the_case_is_as_long_as_the_ids() -> None:
-    assert dataclasses.is_dataclass(CASES[1])
-    assert CASES[1].params["x_BLD"].shape == (B, L, D)
+class TestNothingIsSilent:
+    """What would leave a replay undone must raise, or fail the check."""
+
+    def test_a_second_forward_in_a_microbatch(self, model: Model) -> None:
+        with install(RolloutReplay([model]), random_ids()):
+            model(x_BLD())
+            with pytest.raises(RuntimeError, match=r"layers.1.moe: call 1 in one microbatch"):
+                model(x_BLD())
+
+    def test_a_recomputation_after_the_context(self, model: Model) -> None:
+        with install(RolloutReplay([model]), random_ids()):
+            out_BLD = checkpoint(model, x_BLD().requires_grad_(), use_reentrant=False)
+        with pytest.raises(RuntimeError, match=r"a recomputation outside of a region would route live"):
+            out_BLD.backward(CASES[1].grad_out_BLD)
+
+    def test_more_layers_than_the_decoder_has(self, model: Model) -> None:
+        ids = random_ids()
+        with pytest.raises(ReplayDataError, match=r"has 5 layers, .* and 3 decoder layers; say with columns"):
+            with install(RolloutReplay([model]), torch.cat([ids, ids, ids[:, :1]], dim=1)):
+                pass
+
+    def test_two_replays_of_one_model(self, model: Model) -> None:
+        seen, ids = seen_ids(model), random_ids()
+        first, second = RolloutReplay([model]), RolloutReplay([model])
+        for replay in (first, second, first):
+            with install(replay, ids):
+                model(x_BLD())
+            assert torch.equal(seen[1], ids[:, 0].long())
+            seen.clear()
+
+    def test_filled_picks_are_no_agreement(self, model: Model, tmp_path: Path) -> None:
+        """One token has ids, and they are the worst; all other rows are filled by the live router."""
+        replay = RolloutReplay([model], check=Gates(), evidence_folder=tmp_path)
+        seen = seen_ids(model)
+        model(x_BLD())
+        ids = torch.full((B * L, 2, K), MISSING)
+        for column, number in enumerate(CASES):
+            ids[4, column] = torch.tensor([e for e in range(E) if e not in seen[number][4].tolist()][:K])
+        valid_BL = torch.zeros(B, L, dtype=torch.bool)
+        valid_BL[0, 4] = True
+        with install(replay, ids, valid_BL=valid_BL):
+            model(x_BLD()).backward(CASES[1].grad_out_BLD)
+        with pytest.raises(ReplayCheckError, match=r"layers.1.moe: 100.00% of .* first is token 4"):
+            replay.end_step(1)
+        (line, _) = evidence(tmp_path)
+        assert (line["zero_overlap"], line["mean_overlap"], line["exact_set"]) == (1.0, 0.0, 0.0)
+
+    def test_one_wrong_layer_does_not_hide(self, model: Model, tmp_path: Path) -> None:
+        replay = RolloutReplay([model], check=Gates(max_zero_overlap=0.05), evidence_folder=tmp_path)
+        seen = seen_ids(model)
+        model(x_BLD())
+        ids = torch.stack([seen[1], (seen[2] + 3) % E], dim=1)
+        with install(replay, ids):
+            model(x_BLD()).backward(CASES[1].grad_out_BLD)
+        with pytest.raises(ReplayCheckError, match=r"step 1: layers.2.moe: .* share no expert"):
+            replay.end_step(1)
+
+    def test_a_forward_without_gradients_owes_no_backward(self, model: Model, tmp_path: Path) -> None:
+        replay = RolloutReplay([model], check=Gates(max_zero_overlap=1.0), evidence_folder=tmp_path)
+        with torch.no_grad(), install(replay, random_ids()):
+            model(x_BLD())
+        summary = replay.end_step(1)
+        assert summary is not None
+        assert summary.startswith("replay fwd=2/2 bwd=0/0 missing=0")
+
+    def test_an_exception_begins_the_step_anew(self, model: Model, tmp_path: Path) -> None:
+        replay = RolloutReplay([model], check=Gates(max_zero_overlap=1.0), evidence_folder=tmp_path)
+        with pytest.raises(ValueError, match="1 x 7 tokens"), install(replay, random_ids()):
+            model(x_BLD()[:1])
+        with install(replay, random_ids()):
+            model(x_BLD()).backward(CASES[1].grad_out_BLD)
+        summary = replay.end_step(1)
+        assert summary is not None
+        assert summary.startswith("replay fwd=2/2 bwd=2/2")
+
+
+def wrong_type_on_rank(ctx: RankContext) -> str:
+    ids: Any = random_ids() if ctx.rank == 0 else [[1, 2]]
+    try:
+        with install(RolloutReplay([Model()]), ids):
+            return "installed"
+    except ReplayDataError as error:
+        return str(error)
+
+
+def test_an_odd_argument_ends_every_rank() -> None:
+    first, second = run_ranks(wrong_type_on_rank, 2)
+    assert second == "routed_experts must be a tensor of 3 or 4 dims"
+    assert first == f"rank 1: {second}"

@@ -184,7 +184,7 @@ class TestTheCheckFails:
 
     @pytest.mark.parametrize("edit", [_shift_tokens, _shift_layers, _swap_samples])
     def test_other_tokens_routes(self, folder: Path, small: Path, tmp_path: Path, edit: Any) -> None:
-        with pytest.raises(RankError, match=r"step 1: .* share no expert with the live routers"):
+        with pytest.raises(RankError, match=r"step 1: layers.* share no expert with the live router"):
             _replay(folder, _edited(small, tmp_path, edit))
 
     def test_a_router_that_lost_its_slot(self, folder: Path, small: Path) -> None:
@@ -272,6 +272,45 @@ class TestTracesThatDoNotFit:
         trace = _edited(small, tmp_path, lambda ids: None)
         next(trace.glob("*.safetensors")).unlink()
         self._refused(folder, trace, "missing; the recording was cut short")
+
+    @pytest.mark.parametrize("change", [{"steps": None}, {"ranks": "1"}, {"layers": []}])
+    def test_a_damaged_manifest(self, folder: Path, small: Path, tmp_path: Path, change: Any) -> None:
+        trace = _edited(small, tmp_path, lambda ids: None)
+        manifest = json.loads((trace / "manifest.json").read_text())
+        (trace / "manifest.json").write_text(json.dumps(manifest | change))
+        self._refused(folder, trace, r"manifest\.json: damaged: ")
+
+    def test_tokens_of_another_batch(self, folder: Path, small: Path, tmp_path: Path) -> None:
+        def shift(ids: dict[str, torch.Tensor]) -> None:
+            ids[f"{_layers(ids)[0]}.tokens"] -= 1
+
+        words = r"damaged: layers\.1\.moe#0 holds no ids of tokens 0 to 761"
+        self._refused(folder, _edited(small, tmp_path, shift), words)
+
+    def test_a_trace_is_not_written_over(self, folder: Path, small: Path) -> None:
+        before = {file.name: file.read_bytes() for file in small.iterdir()}
+        argv = (*ONE_STEP, "--routing_replay.mode=record", f"--routing_replay.path={small}")
+        with pytest.raises(RankError, match=r"holds a trace of steps \[1\], recorded on 1 ranks"):
+            _run(folder, "over", 1, *argv)
+        assert {file.name: file.read_bytes() for file in small.iterdir()} == before
+
+    def test_a_resumed_recording_goes_on(self, folder: Path) -> None:
+        record = ("--routing_replay.mode=record", f"--routing_replay.path={folder / 'resumed-trace'}")
+        for steps in (1, 2):
+            _run(folder, "resumed", 1, *record, "--training.local_batch_size=6", f"--training.steps={steps}")
+        manifest = json.loads((folder / "resumed-trace" / "manifest.json").read_text())
+        assert (manifest["steps"], manifest["first_step"]) == ([1, 2], 1)
+        _replay(folder, folder / "resumed-trace", "--training.steps=2")
+
+    def test_ids_that_are_missing_are_filled(self, folder: Path, small: Path, tmp_path: Path) -> None:
+        def forget(ids: dict[str, torch.Tensor]) -> None:
+            for name in _layers(ids):
+                ids[name][::5, 1] = -1
+
+        _replay(folder, _edited(small, tmp_path, forget), name="filled")
+        lines = _evidence(folder, "filled")
+        assert [line["filled"] for line in lines] == [153, 153]
+        assert all(line["used"] == line["exact_set"] == 1.0 for line in lines)
 
     def test_the_same_expert_twice(self, folder: Path, small: Path, tmp_path: Path) -> None:
         def double(ids: dict[str, torch.Tensor]) -> None:

@@ -9,6 +9,9 @@ Shape suffixes, one letter one dim, on tensors only; this is the one legend, oth
     N  routed slots, T * K                     R  rows received by the local experts
     G  expert groups                           S  EP ranks that rows come from
 
+    M  rows sent once per token and rank    U  of them, those that arrive here
+    P  places in a (B, L) grid             C  columns of replayed ids: layers, or calls of them
+
 A capital is the logical dim even where the tensor holds a shard of it.
 """
 

@@ -66,7 +66,7 @@ class Capture:
         top_k, num_experts = slot.shape.top_k, slot.shape.num_experts
         best = query.ranking().topk(min(top_k + 1, num_experts), dim=1).values.double()
         margin_T = best[:, top_k - 1] - best[:, top_k] if num_experts > top_k else best[:, 0] * 0 + torch.inf
-        tokens_T = microbatch.tokens_N.index_select(0, query.layout.global_token_indices(best.device))
+        tokens_T = microbatch.tokens_P.index_select(0, query.layout.global_token_indices(best.device))
         self._keep(
             f"{slot.layer}.router|route", tokens_T, ids=choice.ids_TK.sort(dim=1).values, margin=margin_T
         )
@@ -83,10 +83,10 @@ class Capture:
         microbatch = self.microbatch
         if microbatch is None:
             return
-        found = local_tokens(x, microbatch.tokens_N.numel() // self.seq_len, self.seq_len)
+        found = local_tokens(x, microbatch.tokens_P.numel() // self.seq_len, self.seq_len)
         if found is not None:
             rows_TD, places_T = found
-            self._keep(key, microbatch.tokens_N.index_select(0, places_T), **features(rows_TD)._asdict())
+            self._keep(key, microbatch.tokens_P.index_select(0, places_T), **features(rows_TD)._asdict())
 
     def _keep(self, key: str, tokens_T: torch.Tensor, **columns: torch.Tensor) -> None:
         if key not in self.modules:

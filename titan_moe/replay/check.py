@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from titan_moe.dispatch.base import Routing
 from titan_moe.replay.ids import MISSING
+from titan_moe.replay.regions import unseen_by_selective_ac
 from titan_moe.replay.slots import Microbatch, Slot
+from titan_moe.replay.together import Together
 from titan_moe.router import Choice, Query
 
 NEAR_TIE = 1e-3  # of the router's scores: a flip at a smaller margin between K-th and next is rounding
+
+
+# Forwards, those that a backward is due for, backwards, recomputations, forwards that ran live.
+_CALLS = ("fwd", "due", "bwd", "recomputed", "live")
 
 
 class ReplayCheckError(RuntimeError):
@@ -26,19 +32,23 @@ class ReplayCheckError(RuntimeError):
 
 
 class Tally(NamedTuple):
-    """Sums of one layer and step on one rank; padding counts in ``tokens`` and ``padding`` only."""
+    """Sums of one layer and step. What was filled, and padding, says nothing about replayed routes."""
 
     tokens: int = 0
     padding: int = 0
     filled: int = 0
-    not_used: int = 0  # picks at a dispatcher that are not the installed ones, recomputations included
-    miscounted: int = 0  # experts whose number of tokens is not that of the ids
-    exact: int = 0  # tokens whose live set is the replayed one
+    compared: int = 0  # tokens with installed ids that are no padding: what the next six are of
+    picks: int = 0  # their installed ids
+    exact: int = 0  # tokens all of whose installed ids the live top-k has too
     overlap: int = 0  # picks that the live top-k has too
     zero_overlap: int = 0
     near_tie_flips: int = 0
     suspicious_flips: int = 0
-    ids_hash: int = 0  # order and place of every installed id; wraps around
+    at_the_door: int = 0  # installed ids, by forwards and recomputations that came to a dispatcher
+    not_used: int = 0  # of them, those that are another id there
+    miscounted: int = 0  # experts whose number of tokens is not that of the ids
+    installed_hash: int = 0  # of ids, their places and their order, in forwards; wraps around
+    used_hash: int = 0  # the same, as the dispatchers got them
 
 
 class Gates(NamedTuple):
@@ -51,15 +61,17 @@ class Gates(NamedTuple):
 class ReplayCheck:
     """Watches the slots (as an observer) and the doors of the dispatchers (by hooks)."""
 
-    def __init__(self, model_parts: list[nn.Module], slots: list[Slot], gates: Gates, folder: Path) -> None:
+    def __init__(
+        self, model_parts: list[nn.Module], slots: list[Slot], gates: Gates, folder: Path, together: Together
+    ) -> None:
         self.slots = {slot.layer: slot for slot in slots}
-        self.gates, self.rank = gates, dist.get_rank() if dist.is_initialized() else 0
-        self.file = folder / "replay_evidence.jsonl"
-        if self.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file.write_text("")
+        self.gates, self.together, self.file = gates, together, folder / "replay_evidence.jsonl"
+        self._file_is_ours = False
         self._sums: dict[str, torch.Tensor] = {}
-        self._calls: dict[str, Counter[str]] = {kind: Counter() for kind in ("fwd", "bwd", "recomputed")}
+        self._first_bad: dict[str, torch.Tensor] = {}
+        self._calls: dict[str, Counter[str]] = {
+            k: Counter() for k in ("fwd", "due", "bwd", "recomputed", "live")
+        }
         for part in model_parts:
             for module in part.modules():
                 layer: Any = module
@@ -75,54 +87,82 @@ class ReplayCheck:
             return
         live_TK, ranking_TE = query.live(), query.ranking()
         num_experts, top_k = ranking_TE.shape[1], live_TK.shape[1]
-        valid_T = torch.ones_like(live_TK[:, 0], dtype=torch.bool) if origin.load_T is None else origin.load_T
-        replayed_TE = torch.zeros_like(ranking_TE, dtype=torch.bool).scatter_(1, choice.ids_TK, True)
-        overlap_T = replayed_TE.gather(1, live_TK).sum(1)
+        present_TK = origin.installed_TK != MISSING
+        there_T = present_TK.any(1) if origin.load_T is None else present_TK.any(1) & origin.load_T
+        live_TE = torch.zeros_like(ranking_TE, dtype=torch.bool).scatter_(1, live_TK, True)
+        shared_T = (live_TE.gather(1, choice.ids_TK) & present_TK).sum(1)
+        picks_T = present_TK.sum(1)
         best = ranking_TE.topk(min(top_k + 1, num_experts), dim=1).values
         margin_T = best[:, top_k - 1] - best[:, -1] if num_experts > top_k else best[:, 0] * 0 + torch.inf
-        flipped_T = valid_T & (overlap_T < top_k)
-        filled_TK = origin.filled_TK if origin.filled_TK is not None else torch.zeros_like(replayed_TE[:, :1])
+        flipped_T, none_T = there_T & (shared_T < picks_T), there_T & (shared_T == 0)
         self._add(
             slot.layer,
-            tokens=valid_T.numel(),
-            padding=(~valid_T).sum(),
-            filled=(filled_TK & valid_T.unsqueeze(1)).sum(),
-            exact=(valid_T & (overlap_T == top_k)).sum(),
-            overlap=(overlap_T * valid_T).sum(),
-            zero_overlap=(valid_T & (overlap_T == 0)).sum(),
+            tokens=torch.ones_like(picks_T).sum(),
+            padding=picks_T.new_zeros(()) if origin.load_T is None else (~origin.load_T).sum(),
+            filled=(~present_TK).sum(),
+            compared=there_T.sum(),
+            picks=(picks_T * there_T).sum(),
+            exact=(there_T & (shared_T == picks_T)).sum(),
+            overlap=(shared_T * there_T).sum(),
+            zero_overlap=none_T.sum(),
             near_tie_flips=(flipped_T & (margin_T < NEAR_TIE)).sum(),
             suspicious_flips=(flipped_T & ~(margin_T < NEAR_TIE)).sum(),
-            ids_hash=_hash(origin.installed_TK),
+            installed_hash=_hash(origin.installed_TK, present_TK),
         )
+        self._remember_first(slot.layer, none_T, origin.tokens_T)
 
     @torch.no_grad()
     def _at_the_door(self, slot: Slot, _module: nn.Module, args: tuple[Any, ...]) -> None:
         """The *used* claim, where the router has no say any more."""
-        routing = args[1]
-        origin = routing.origin
+        with unseen_by_selective_ac():
+            self._used(slot, args[1])
+
+    def _used(self, slot: Slot, routing: Routing) -> None:
+        layer, origin = slot.layer, routing.origin
         if origin is None or origin.installed_TK is None:
+            # Eval and other live forwards may; one of a microbatch with ids may not.
+            self._calls["live"][layer] += int(slot.in_microbatch)
             return
-        layer = slot.layer
-        ids_TK, installed_TK = routing.topk_expert_ids_TK, origin.installed_TK
-        counts_E = routing.num_tokens_per_expert_E
-        ids_N = ids_TK.flatten()
+        ids_TK, present_TK = routing.topk_expert_ids_TK, origin.installed_TK != MISSING
+        ids_N, counts_E = ids_TK.flatten(), routing.num_tokens_per_expert_E
         own_E = torch.zeros_like(counts_E).scatter_add_(0, ids_N, torch.ones_like(ids_N))
+        other_TK = (ids_TK != origin.installed_TK) & present_TK
+        recomputes = slot.regions.recomputing
+        used_hash = _hash(ids_TK, present_TK)
         self._add(
             layer,
-            not_used=((ids_TK != installed_TK) & (installed_TK != MISSING)).sum(),
+            at_the_door=present_TK.sum(),
+            not_used=other_TK.sum(),
             miscounted=(own_E != counts_E).sum(),
+            used_hash=used_hash * 0 if recomputes else used_hash,
         )
-        if slot.regions.recomputing:
+        self._remember_first(layer, other_TK.any(1), origin.tokens_T)
+        if recomputes:
             self._calls["recomputed"][layer] += 1
             return
         self._calls["fwd"][layer] += 1
         if routing.topk_scores_TK.requires_grad:
+            self._calls["due"][layer] += 1
             routing.topk_scores_TK.register_hook(lambda grad: self._calls["bwd"].update([layer]))
 
-    def _add(self, layer: str, **amounts: torch.Tensor | int) -> None:
-        device = next(a.device for a in amounts.values() if isinstance(a, torch.Tensor))
-        row = torch.stack([torch.as_tensor(amounts.get(key, 0), device=device) for key in Tally._fields])
+    def _add(self, layer: str, **amounts: torch.Tensor) -> None:
+        zero = next(iter(amounts.values())).new_zeros((), dtype=torch.int64)
+        row = torch.stack([amounts.get(key, zero).to(torch.int64) for key in Tally._fields])
         self._sums[layer] = self._sums[layer] + row if layer in self._sums else row
+
+    def _remember_first(self, layer: str, bad_T: torch.Tensor, tokens_T: torch.Tensor) -> None:
+        """The lowest global token index among the bad ones."""
+        none = torch.iinfo(torch.int64).max
+        first = torch.cat([torch.where(bad_T, tokens_T, none), tokens_T.new_full((1,), none)]).min()
+        known = self._first_bad.get(layer)
+        self._first_bad[layer] = first if known is None else torch.minimum(known, first)
+
+    def clear(self) -> None:
+        """Forgets the step so far."""
+        self._sums.clear()
+        self._first_bad.clear()
+        for counter in self._calls.values():
+            counter.clear()
 
     def end_step(self, step: int, layers: list[str], num_microbatches: int) -> str:
         """Writes the evidence of a step and judges it; collective. The one host sync of the check.
@@ -136,85 +176,117 @@ class ReplayCheck:
         Raises:
             ReplayCheckError: on all ranks, where any rank found something.
         """
-        lines, problems, total = [], [], Tally()
-        for layer in layers:
-            calls = {kind: counter[layer] for kind, counter in self._calls.items()}
-            tally = Tally(*self._sums[layer].tolist()) if layer in self._sums else Tally()
-            lines.append(_line(step, self.rank, self.slots[layer].shape, tally, calls))
-            problems += _problems(layer, tally, calls, num_microbatches)
-            total = _sum([total, tally])
-        done = {kind: sum(counter[layer] for layer in layers) for kind, counter in self._calls.items()}
-        self._sums.clear()
-        for counter in self._calls.values():
-            counter.clear()
-        ranks = _from_all_ranks((lines, problems, total))
-        if self.rank == 0:
-            with self.file.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for lines, _, _ in ranks for line in lines)
-        total = _sum([rank_total for _, _, rank_total in ranks])
-        top_k = next((slot.shape.top_k for slot in self.slots.values()), 1)
-        found = [f"rank {rank}: {problems[0]}" for rank, (_, problems, _) in enumerate(ranks) if problems]
-        found += self._gate(total, top_k)
+        tallies, firsts = self._read(layers)
+        calls = {layer: {kind: counter[layer] for kind, counter in self._calls.items()} for layer in layers}
+        self.clear()
+        problems = [
+            problem
+            for layer in layers
+            for problem in _problems(layer, tallies[layer], calls[layer], num_microbatches, firsts[layer])
+        ]
+        ranks = self.together.gather((tallies, calls, problems, firsts))
+        if self.together.rank == 0:
+            self._write(step, ranks)
+        found = [f"rank {rank}: {problems[0]}" for rank, (_, _, problems, _) in enumerate(ranks) if problems]
+        whole = {layer: _sum([tallies[layer] for tallies, *_ in ranks]) for layer in layers}
+        first = {layer: min(firsts[layer] for *_, firsts in ranks) for layer in layers}
+        found += [text for layer in layers for text in self._gate(layer, whole[layer], first[layer])]
+        total = _sum(list(whole.values()))
+        if not total.compared:
+            found.append("no token was checked on any rank")
         if found:
             raise ReplayCheckError(f"routing replay, step {step}: {found[0]} ({len(found)} findings)")
-        wanted, valid = len(layers) * num_microbatches, max(1, total.tokens - total.padding)
+        done = {kind: sum(c[layer][kind] for _, c, *_ in ranks for layer in layers) for kind in self._calls}
+        wanted = len(layers) * num_microbatches * len(ranks)
+        parts = [total.exact / total.compared, total.zero_overlap / total.compared]
         return (
-            f"replay fwd={done['fwd']}/{wanted} bwd={done['bwd']}/{wanted} missing={wanted - done['fwd']} "
-            f"filled={total.filled} mismatch={total.not_used} "
-            f"exact={total.exact / valid:.2%} zero={total.zero_overlap / valid:.2%}"
+            f"replay fwd={done['fwd']}/{wanted} bwd={done['bwd']}/{done['due']} "
+            f"missing={wanted - done['fwd']} filled={total.filled} mismatch={total.not_used} "
+            f"exact={parts[0]:.2%} zero={parts[1]:.2%}"
         )
 
-    def _gate(self, whole: Tally, top_k: int) -> list[str]:
-        valid = whole.tokens - whole.padding
-        if not valid:
-            return ["no token was checked on any rank"]
-        zero, overlap = whole.zero_overlap / valid, whole.overlap / valid / top_k
+    def _read(self, layers: list[str]) -> tuple[dict[str, Tally], dict[str, int]]:
+        """Sums and first bad tokens by layer, in one read of the device."""
+        none = torch.iinfo(torch.int64).max
+        known = [layer for layer in layers if layer in self._sums]
+        rows = [torch.cat([self._sums[layer], self._first_bad[layer].view(1)]) for layer in known]
+        read = dict(zip(known, torch.stack(rows).tolist() if rows else [], strict=True))
+        tallies = {layer: Tally(*read[layer][:-1]) if layer in read else Tally() for layer in layers}
+        return tallies, {layer: read[layer][-1] if layer in read else none for layer in layers}
+
+    def _write(self, step: int, ranks: list[Any]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if not self._file_is_ours:
+            _keep_steps_before(self.file, step)
+            self._file_is_ours = True
+        with self.file.open("a") as file:
+            for rank, (tallies, calls, *_) in enumerate(ranks):
+                for layer, tally in tallies.items():
+                    line = _line(step, rank, self.slots[layer].shape, tally, calls[layer])
+                    file.write(json.dumps(line) + "\n")
+
+    def _gate(self, layer: str, whole: Tally, first: int) -> list[str]:
+        """Of one layer over all ranks: a wrong layer must not hide behind right ones."""
+        if not whole.compared:
+            return []
+        zero, overlap = whole.zero_overlap / whole.compared, whole.overlap / max(1, whole.picks)
         found = []
         if zero > self.gates.max_zero_overlap:
             found.append(
-                f"{zero:.2%} of tokens share no expert with the live routers, over check_max_zero_overlap"
+                f"{layer}: {zero:.2%} of tokens share no expert with the live router, over "
+                f"check_max_zero_overlap ({self.gates.max_zero_overlap:.2%}); the first is token {first}"
             )
         if overlap < self.gates.min_mean_overlap:
-            limit = f"check_min_mean_overlap ({self.gates.min_mean_overlap:.2%})"
-            found.append(f"mean overlap {overlap:.2%} is under {limit}")
+            found.append(
+                f"{layer}: mean overlap {overlap:.2%} is under check_min_mean_overlap "
+                f"({self.gates.min_mean_overlap:.2%})"
+            )
         return found
 
 
 def _line(step: int, rank: int, shape: Any, tally: Tally, calls: dict[str, int]) -> dict[str, Any]:
-    valid = max(1, tally.tokens - tally.padding)
-    overlap, chance = tally.overlap / valid / shape.top_k, shape.top_k / shape.num_experts
-    picks = max(1, tally.tokens * shape.top_k)
+    def part(number: int, of: int) -> float | None:
+        return number / of if of else None
+
+    overlap, chance = part(tally.overlap, tally.picks), shape.top_k / shape.num_experts
     return {
         "step": step,
         "rank": rank,
         "layer": shape.name,
-        **calls,
+        **{kind: calls[kind] for kind in ("fwd", "bwd", "recomputed")},
         "tokens": tally.tokens,
         "padding": tally.padding,
         "filled": tally.filled,
-        "used": 1 - tally.not_used / picks,
+        "used": None if not tally.at_the_door else 1 - tally.not_used / tally.at_the_door,
         "miscounted": tally.miscounted,
-        "ids": f"{tally.ids_hash % 2**64:016x}",
-        "exact_set": tally.exact / valid,
+        "installed_ids": f"{tally.installed_hash % 2**64:016x}",
+        "used_ids": f"{tally.used_hash % 2**64:016x}",
+        "exact_set": part(tally.exact, tally.compared),
         "mean_overlap": overlap,
-        "zero_overlap": tally.zero_overlap / valid,
-        "lift": (overlap - chance) / (1 - chance) if chance < 1 else 1.0,
+        "zero_overlap": part(tally.zero_overlap, tally.compared),
+        "lift": None if overlap is None else (overlap - chance) / (1 - chance) if chance < 1 else 1.0,
         "near_tie_flips": tally.near_tie_flips,
         "suspicious_flips": tally.suspicious_flips,
     }
 
 
-def _problems(layer: str, tally: Tally, calls: dict[str, int], num_microbatches: int) -> list[str]:
+def _problems(
+    layer: str, tally: Tally, calls: dict[str, int], num_microbatches: int, first: int
+) -> list[str]:
     found = []
-    for kind in ("fwd", "bwd"):
-        if calls[kind] < num_microbatches:
-            found.append(f"{layer}: replayed in {calls[kind]} of {num_microbatches} microbatches ({kind})")
+    if calls["fwd"] < num_microbatches:
+        found.append(f"{layer}: replayed in {calls['fwd']} of {num_microbatches} microbatches (fwd)")
+    if calls["bwd"] < calls["due"]:
+        found.append(f"{layer}: replayed in {calls['bwd']} of {calls['due']} microbatches (bwd)")
+    if calls["live"]:
+        found.append(f"{layer}: {calls['live']} forwards or recomputations routed live")
     if 0 < calls["recomputed"] < calls["fwd"]:
+        found.append(f"{layer}: {calls['recomputed']} of {calls['fwd']} forwards were recomputed")
+    if tally.not_used or tally.installed_hash != tally.used_hash:
         found.append(
-            f"{layer}: only {calls['recomputed']} of {calls['fwd']} forwards were recomputed with it"
+            f"{layer}: {tally.not_used} picks at the dispatcher are not the installed ones, the first of "
+            f"token {first}"
         )
-    if tally.not_used:
-        found.append(f"{layer}: {tally.not_used} picks at the dispatcher are not the installed ones")
     if tally.miscounted:
         found.append(f"{layer}: the token counts of {tally.miscounted} experts are not those of the ids")
     return found
@@ -224,24 +296,14 @@ def _sum(tallies: list[Tally]) -> Tally:
     return Tally(*(sum(column) for column in zip(*tallies, strict=True)))
 
 
-def raise_together(error: Exception | None) -> None:
-    """Raises a rank's error on every rank, or on none; collective. No rank waits for one that has left."""
-    found = [(rank, other) for rank, other in enumerate(_from_all_ranks(error)) if other is not None]
-    if error is not None:
-        raise error
-    if found:
-        rank, other = found[0]
-        raise type(other)(f"rank {rank}: {other}")
+def _keep_steps_before(file: Path, step: int) -> None:
+    """A resumed run continues its own record."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+    file.write_text("".join(kept))
 
 
-def _from_all_ranks(mine: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def _hash(ids_TK: torch.Tensor) -> torch.Tensor:
-    places = torch.arange(1, ids_TK.numel() + 1, device=ids_TK.device)
-    return ((ids_TK.flatten() + 2) * (places * 6364136223846793005 + 1442695040888963407)).sum()
+def _hash(ids_TK: torch.Tensor, present_TK: torch.Tensor) -> torch.Tensor:
+    places_N = torch.arange(1, ids_TK.numel() + 1, device=ids_TK.device)
+    weights_N = places_N * 6364136223846793005 + 1442695040888963407  # Knuth's MMIX generator
+    return ((ids_TK.flatten().long() + 2) * weights_N * present_TK.flatten()).sum()

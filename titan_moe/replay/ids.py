@@ -54,15 +54,15 @@ def ingest(
     """
     if routed_experts.dtype not in _DTYPES:
         raise ReplayDataError(f"routed_experts is {routed_experts.dtype}, not int8, int16, int32 or int64")
-    ids_BLGK = _by_sample(routed_experts.detach().cpu(), batch_size, seq_len)
-    there = ids_BLGK.shape[2]
+    ids_BLCK = _by_sample(routed_experts.detach().cpu(), batch_size, seq_len)
+    there = ids_BLCK.shape[2]
     columns = list(range(there)) if columns is None else list(columns)
     if len(columns) != len(layers) or any(not 0 <= column < there for column in columns):
         raise ReplayDataError(
             f"routed_experts has {there} layers, the model has {len(layers)} MoE layers; say with columns "
             "which entry belongs to which"
         )
-    ids_BLGK = ids_BLGK[:, :, columns]
+    ids_BLCK = ids_BLCK[:, :, columns]
     valid_BL = torch.ones(batch_size, seq_len, dtype=torch.bool) if valid_BL is None else valid_BL.cpu()
     if valid_BL.dtype != torch.bool or valid_BL.shape != (batch_size, seq_len):
         raise ReplayDataError(
@@ -71,9 +71,9 @@ def ingest(
         )
     for number, layer in enumerate(layers):
         # Wide: a comparison with E would wrap E around to the ids' own dtype.
-        check_layer(ids_BLGK[:, :, number].long(), layer, valid_BL)
+        check_layer(ids_BLCK[:, :, number].long(), layer, valid_BL)
     dtype = narrowest_dtype(max((layer.num_experts for layer in layers), default=1))
-    return ids_BLGK.flatten(0, 1).to(dtype).contiguous()
+    return ids_BLCK.flatten(0, 1).to(dtype).contiguous()
 
 
 def _by_sample(ids: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor:
@@ -91,13 +91,21 @@ def _by_sample(ids: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor
     )
 
 
-def check_layer(ids_BLK: torch.Tensor, layer: LayerShape, valid_BL: torch.Tensor) -> None:
-    """Raises ReplayDataError for what ``ingest`` refuses in a layer's int64 ids."""
+def check_layer(
+    ids_BLK: torch.Tensor, layer: LayerShape, valid_BL: torch.Tensor, *, captured: bool = True
+) -> None:
+    """Raises ReplayDataError for what ``ingest`` refuses in a layer's int64 ids.
+
+    Args:
+        captured: whether zeros may be an engine's empty buffer; our own records are what they are.
+    """
     if ids_BLK.shape[2] != layer.top_k:
         raise ReplayDataError(f"{layer.name}: K is {ids_BLK.shape[2]}, the layer's is {layer.top_k}")
     present_BN = (ids_BLK != MISSING).flatten(1)
     zeros_B = ((ids_BLK == 0).flatten(1) == present_BN).all(1) & (present_BN.sum(1) > 1)
-    if layer.num_experts > 1 and zeros_B.any():
+    if layer.top_k == 1:  # one sample may well go to expert 0 throughout; all of them hardly
+        zeros_B &= zeros_B.all()
+    if captured and layer.num_experts > 1 and zeros_B.any():
         sample = int(zeros_B.nonzero()[0])
         raise ReplayDataError(f"{layer.name}, sample {sample}: every id is 0; the layer was not captured")
     outside_BLK = (ids_BLK < MISSING) | (ids_BLK >= layer.num_experts)

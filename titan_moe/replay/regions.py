@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
-from torch.utils.checkpoint import _CachingTorchDispatchMode
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from titan_moe.router import Choice
 
@@ -106,7 +106,7 @@ class Regions:
         if outermost is not None:
             choice = outermost.take(name)
         else:
-            with _unseen_by_selective_ac() if stack else nullcontext():
+            with unseen_by_selective_ac() if stack else nullcontext():
                 choice = choose()
         for inside in stack:
             if not inside.recomputes:
@@ -115,13 +115,13 @@ class Regions:
 
 
 @contextmanager
-def _unseen_by_selective_ac() -> Iterator[None]:
+def unseen_by_selective_ac() -> Iterator[None]:
     """Selective checkpointing hands saved results back by position, per operator.
 
     A recomputation does not choose again, so what a choice computes in the forward must take no position, or
-    every later operator of the same kind gets another one's result.
+    every later operator of the same kind gets another one's result. The same holds for a check's own sums.
     """
     with ExitStack() as popped:
-        while isinstance(_get_current_dispatch_mode(), _CachingTorchDispatchMode):
+        while isinstance(_get_current_dispatch_mode(), _CachingTorchDispatchMode | _CachedTorchDispatchMode):
             popped.enter_context(_pop_mode_temporarily())
         yield

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from titan_moe.replay.check import Gates, ReplayCheck, raise_together
+from titan_moe.replay.check import Gates, ReplayCheck
 from titan_moe.replay.ids import MISSING, ReplayDataError, ingest
 from titan_moe.replay.section import layer_number
 from titan_moe.replay.slots import Installed, Microbatch, Routes, slots_of
+from titan_moe.replay.together import Together
 
 
 class RolloutReplay:
@@ -30,16 +32,21 @@ class RolloutReplay:
         ep_size: int = 1,
         check: Gates | None = None,
         evidence_folder: Path | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        """``check`` switches the check on; its evidence goes to ``evidence_folder``."""
+        """Collective: ``group`` is of the ranks that train, None: all ranks.
+
+        ``check`` switches the check on; its evidence goes to ``evidence_folder``.
+        """
         self.slots = [slot for part in model_parts for slot in slots_of(part)]
         if not self.slots:
             raise ValueError("the model has no router of ours with a slot: parallelize it first, uncompiled")
-        self.check = None
-        if check is not None:
-            if evidence_folder is None:
-                raise ValueError("a check needs an evidence_folder")
-            self.check = ReplayCheck(model_parts, self.slots, check, evidence_folder)
+        self.model_parts, self.check = model_parts, None
+        if check is not None and evidence_folder is None:
+            raise ValueError("a check needs an evidence_folder")
+        self.together = Together(group)
+        if check is not None and evidence_folder is not None:
+            self.check = ReplayCheck(model_parts, self.slots, check, evidence_folder, self.together)
         observers = (self.check,) if self.check is not None else ()
         self.routes = Routes(
             self.slots, fill=fill, fill_weight=fill_weight, ep_size=ep_size, observers=observers
@@ -73,9 +80,11 @@ class RolloutReplay:
                 that none waits in a collective for one that has left.
         """
         shapes = [slot.shape for slot in self.slots]
-        error, ids_NGK = None, routed_experts
+        error, ids_PCK = None, torch.empty(0)
         try:
-            ids_NGK = ingest(
+            if not isinstance(routed_experts, torch.Tensor) or routed_experts.dim() not in (3, 4):
+                raise ReplayDataError("routed_experts must be a tensor of 3 or 4 dims")
+            ids_PCK = ingest(
                 routed_experts,
                 shapes,
                 batch_size=batch_size,
@@ -83,20 +92,26 @@ class RolloutReplay:
                 columns=self._columns(routed_experts.shape[-2]) if columns is None else columns,
                 valid_BL=valid_BL,
             )
-        except ReplayDataError as refused:
+        except Exception as refused:  # whatever it is: the other ranks must hear of it
             error = refused
-        raise_together(error)
+        self.together.raise_together(error)
         installed = Installed(
-            ids_NGK.to(device, non_blocking=True),
+            ids_PCK.to(device, non_blocking=True),
             {(slot.layer, 0): column for column, slot in enumerate(self.slots)},
-            has_missing=bool((ids_NGK == MISSING).any()),
-            valid_N=None if valid_BL is None else valid_BL.flatten().to(device, non_blocking=True),
+            has_missing=bool((ids_PCK == MISSING).any()),
+            valid_P=None if valid_BL is None else valid_BL.flatten().to(device, non_blocking=True),
         )
-        tokens_N = torch.arange(batch_size * seq_len, device=device)
-        microbatch = Microbatch(number=self._microbatches, tokens_N=tokens_N, installed=installed)
+        tokens_P = torch.arange(batch_size * seq_len, device=device)
+        microbatch = Microbatch(number=self._microbatches, tokens_P=tokens_P, installed=installed)
         self._microbatches += 1
-        with self.routes.microbatch(microbatch):
-            yield
+        try:
+            with self.routes.microbatch(microbatch):
+                yield
+        except BaseException:
+            self._microbatches = 0  # the step begins anew
+            if self.check is not None:
+                self.check.clear()
+            raise
 
     def end_step(self, step: int) -> str | None:
         """The check's verdict on the microbatches since the last call; collective. None without a check."""
@@ -106,12 +121,15 @@ class RolloutReplay:
         return self.check.end_step(step, [slot.layer for slot in self.slots], number)
 
     def _columns(self, there: int) -> list[int]:
+        """One per MoE layer, or one per decoder layer of a model that is here as a whole."""
         numbers = [layer_number(slot.layer) for slot in self.slots]
+        decoder = [int(key) for part in self.model_parts for key in getattr(part, "layers", {})]
         if there == len(self.slots):
             return list(range(there))
-        if None in numbers or max(n for n in numbers if n is not None) >= there:
+        if sorted(decoder) != list(range(there)) or None in numbers:
             raise ReplayDataError(
                 f"routed_experts has {there} layers, the model has {len(self.slots)} MoE layers "
-                f"({self.slots[0].layer} to {self.slots[-1].layer}); say with columns which entry is whose"
+                f"({self.slots[0].layer} to {self.slots[-1].layer}) and {len(decoder)} decoder layers; say "
+                "with columns which entry is whose"
             )
-        return [n for n in numbers if n is not None]
+        return [number for number in numbers if number is not None]

@@ -27,16 +27,16 @@ class Installed(NamedTuple):
     """Ids to replay in one microbatch.
 
     Attributes:
-        ids_NGK: ``(B * L, columns, K)`` on the routers' device, MISSING where there is none.
+        ids_PCK: ``(B * L, columns, K)`` on the routers' device, MISSING where there is none.
         columns: which column is whose: by (layer, call).
         has_missing: whether any is MISSING; told, so that nobody has to look.
-        valid_N: bool, False for padding; None: no padding.
+        valid_P: bool, False for padding; None: no padding.
     """
 
-    ids_NGK: torch.Tensor
+    ids_PCK: torch.Tensor
     columns: dict[tuple[str, int], int]
     has_missing: bool
-    valid_N: torch.Tensor | None = None
+    valid_P: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,25 +45,32 @@ class Microbatch:
 
     Attributes:
         number: in its step.
-        tokens_N: int64 global token index of each place of the (B, L) grid, in that order.
+        tokens_P: int64 global token index of each place of the (B, L) grid, in that order.
         calls: how often each layer was called so far.
     """
 
     number: int
-    tokens_N: torch.Tensor
+    tokens_P: torch.Tensor
     installed: Installed | None = None
     calls: Counter[str] = field(default_factory=Counter)
 
 
 class Origin(NamedTuple):
-    """Which invocation a choice belongs to, and the ids that were installed for it."""
+    """Which invocation a choice belongs to, and what was installed for it; all None where it is live.
+
+    Attributes:
+        installed_TK: in the installed dtype, a tensor of its own: what happens to the chosen ids does not
+            reach it.
+        tokens_T: global token indices.
+    """
 
     layer: str
     microbatch: int
     call: int
-    installed_TK: torch.Tensor | None
-    filled_TK: torch.Tensor | None
-    load_T: torch.Tensor | None
+    installed_TK: torch.Tensor | None = None
+    tokens_T: torch.Tensor | None = None
+    filled_TK: torch.Tensor | None = None
+    load_T: torch.Tensor | None = None
 
 
 class Observer(Protocol):
@@ -81,6 +88,11 @@ class Slot:
         self.shape = LayerShape(layer, router.config.num_experts, router.config.top_k)
         self.routes: Routes | None = None
         router.source = self
+
+    @property
+    def in_microbatch(self) -> bool:
+        """Whether ids are to be replayed in a forward now."""
+        return self.routes is not None and self.routes.active
 
     def __call__(self, query: Query) -> Choice:
         """The choice of a recomputation's forward; else a replayed one; else the router's own."""
@@ -121,12 +133,20 @@ class Routes:
         self.fill, self.fill_weight, self.ep_size = fill, fill_weight, ep_size
         self.observers = observers
         self._microbatch: Microbatch | None = None
-        for slot in slots:
-            slot.routes = self
+
+    @property
+    def active(self) -> bool:
+        """Whether a microbatch with ids to replay is running."""
+        return self._microbatch is not None and self._microbatch.installed is not None
 
     @contextmanager
     def microbatch(self, microbatch: Microbatch) -> Iterator[Microbatch]:
-        """Forwards in here belong to ``microbatch``; recomputations find their way from anywhere."""
+        """Forwards in here belong to ``microbatch``; recomputations find their way from anywhere.
+
+        The model's slots stay with the Routes that were entered last.
+        """
+        for slot in self.slots.values():
+            slot.routes = self
         before, self._microbatch = self._microbatch, microbatch
         try:
             yield microbatch
@@ -135,22 +155,26 @@ class Routes:
 
     def choose(self, slot: Slot, query: Query) -> Choice:
         """A forward's choice."""
+        if is_recomputing():
+            raise RuntimeError(
+                f"{slot.layer}: a recomputation outside of a region would route live; checkpoint with "
+                "torchtitan's activation_checkpoint (its debug off) or with Regions.contexts"
+            )
         microbatch = self._microbatch
         if microbatch is None:
             return Choice(query.live())
-        if is_recomputing():
-            raise RuntimeError(
-                f"{slot.layer}: a recomputation outside of a region would be taken for another forward; "
-                "checkpoint with torchtitan's activation_checkpoint or with Regions.contexts"
-            )
         call = microbatch.calls[slot.layer]
         microbatch.calls[slot.layer] += 1
         installed = microbatch.installed
-        if installed is not None and (slot.layer, call) in installed.columns:
+        if installed is None or (slot.layer, 0) not in installed.columns:
+            choice = Choice(query.live(), origin=Origin(slot.layer, microbatch.number, call))
+        elif (slot.layer, call) in installed.columns:
             choice = self._replayed(slot, microbatch, installed, call, query)
         else:
-            origin = Origin(slot.layer, microbatch.number, call, None, None, None)
-            choice = Choice(query.live(), origin=origin)
+            raise RuntimeError(
+                f"{slot.layer}: call {call} in one microbatch, and ids are installed for {call}; give each "
+                "forward a microbatch of its own"
+            )
         for observer in self.observers:
             observer.chosen(slot, microbatch, choice, query)
         return choice
@@ -158,27 +182,27 @@ class Routes:
     def _replayed(
         self, slot: Slot, microbatch: Microbatch, installed: Installed, call: int, query: Query
     ) -> Choice:
-        places_T = places(slot.layer, query.layout, installed.ids_NGK)
+        places_T = places(slot.layer, query.layout, installed.ids_PCK)
         column = installed.columns[slot.layer, call]
-        installed_TK = installed.ids_NGK[:, column].index_select(0, places_T).long()
-        load_T = None if installed.valid_N is None else installed.valid_N.index_select(0, places_T)
-        ids_TK, filled_TK = installed_TK, None
+        installed_TK = installed.ids_PCK[:, column].index_select(0, places_T)
+        tokens_T = microbatch.tokens_P.index_select(0, places_T)
+        load_T = None if installed.valid_P is None else installed.valid_P.index_select(0, places_T)
+        ids_TK, filled_TK = installed_TK.to(torch.int64, copy=True), None
         if installed.has_missing:
             ranking_TE = query.ranking()
             if self.fill == "balanced":
-                tokens_T = microbatch.tokens_N.index_select(0, places_T)
                 _, num_experts, top_k = slot.shape
                 ranking_TE = balanced_ranking(tokens_T, num_experts, top_k, self.ep_size)
-            ids_TK, filled_TK = fill_missing(installed_TK, ranking_TE)
+            ids_TK, filled_TK = fill_missing(ids_TK, ranking_TE)
         return Choice(
             ids_TK,
             weightless_TK=filled_TK if self.fill_weight == "zero" else None,
             load_T=load_T,
-            origin=Origin(slot.layer, microbatch.number, call, installed_TK, filled_TK, load_T),
+            origin=Origin(slot.layer, microbatch.number, call, installed_TK, tokens_T, filled_TK, load_T),
         )
 
 
-def places(layer: str, layout: DispatchMetadata | None, ids_NGK: torch.Tensor) -> torch.Tensor:
+def places(layer: str, layout: DispatchMetadata | None, ids_PCK: torch.Tensor) -> torch.Tensor:
     """``(T,)``: where this rank's tokens sit in the microbatch's (B, L) grid.
 
     Raises:
@@ -187,9 +211,9 @@ def places(layer: str, layout: DispatchMetadata | None, ids_NGK: torch.Tensor) -
     if layout is None:
         raise ValueError(f"{layer}: replay needs to know whose tokens these are: give the router a layout")
     places_in_grid = layout.local_batch_size * layout.global_seq_len
-    if places_in_grid != ids_NGK.shape[0]:
+    if places_in_grid != ids_PCK.shape[0]:
         raise ValueError(
             f"{layer}: the forward has {layout.local_batch_size} x {layout.global_seq_len} tokens, "
-            f"{ids_NGK.shape[0]} are installed"
+            f"{ids_PCK.shape[0]} are installed"
         )
-    return layout.global_token_indices(ids_NGK.device)
+    return layout.global_token_indices(ids_PCK.device)

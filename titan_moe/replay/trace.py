@@ -1,9 +1,9 @@
 """Trace files: the routes of a run, by step, layer and global token index, for any other mesh.
 
-A folder of ``manifest.json`` and ``step-000001.rank-0000.safetensors``, one file per step and rank:
-``tokens`` (n,) int64 global token indices, ``tokens.<digest>`` of their sequences, and per layer and call
-``<layer>#<call>`` (n, K) in the narrowest dtype. The token index counts the step's whole global batch:
-``sequence * seq_len + position``.
+A folder of ``manifest.json`` and ``step-000001.rank-0000.safetensors``, one file per step and rank: per layer
+and call ``<layer>#<call>`` (n, K) ids in the narrowest dtype and ``<layer>#<call>.tokens`` (n,) global token
+indices; ``sequences`` (s, 2): numbers and hashes of the texts. A token index counts the step's whole global
+batch: ``sequence * seq_len + position``.
 """
 
 import json
@@ -22,6 +22,7 @@ from titan_moe.replay.slots import Microbatch, Slot
 from titan_moe.router import Choice, Query
 
 FORMAT = 1
+_UNWRITTEN = -2  # no rank recorded the token; MISSING is an id that is to be filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +69,21 @@ class TraceWriter:
         self.manifest = {"format": FORMAT, **asdict(header), "ranks": num_ranks, "mesh": mesh, "steps": []}
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._waiting: list[tuple[int, dict[str, list[torch.Tensor]], Any]] = []
+        if (folder / "manifest.json").exists():
+            self._continue(header)
         folder.mkdir(parents=True, exist_ok=True)
-        for old in [*folder.glob("step-*.safetensors"), folder / "manifest.json"] if rank == 0 else []:
-            old.unlink(missing_ok=True)
+
+    def _continue(self, header: Header) -> None:
+        """A resumed run goes on with its own trace; nothing else is written over."""
+        old = TraceReader(self.folder, header, check_weights=False).manifest
+        ranks = self.manifest["ranks"]
+        if header.first_step <= old["first_step"] or old["ranks"] != ranks:
+            raise ReplayDataError(
+                f"{self.folder} holds a trace of steps {old['steps']}, recorded on {old['ranks']} ranks; "
+                "record to another routing_replay.path, or delete it"
+            )
+        steps = [step for step in old["steps"] if step < header.first_step]
+        self.manifest |= {"steps": steps, "weights": old["weights"], "first_step": old["first_step"]}
 
     def chosen(self, slot: Slot, microbatch: Microbatch, choice: Choice, query: Query) -> None:
         """Takes a copy."""
@@ -79,7 +92,7 @@ class TraceWriter:
         assert query.layout is not None, "MoE gives its router a layout"
         call = microbatch.calls[slot.layer] - 1
         ids_TK = choice.ids_TK.to(narrowest_dtype(slot.shape.num_experts))
-        tokens_T = microbatch.tokens_N.index_select(0, query.layout.global_token_indices(ids_TK.device))
+        tokens_T = microbatch.tokens_P.index_select(0, query.layout.global_token_indices(ids_TK.device))
         for name, tensor in ((f"{slot.layer}#{call}", ids_TK), (f"{slot.layer}#{call}.tokens", tokens_T)):
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._parts.setdefault(name, []).append(copy.copy_(tensor, non_blocking=True))
@@ -125,14 +138,18 @@ class TraceReader:
 
     def __init__(self, folder: Path, header: Header, *, check_weights: bool = True) -> None:
         self.folder, self.header = folder, header
+        file = folder / "manifest.json"
         try:
-            self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            self.manifest = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ReplayDataError(f"{folder}: no trace, it has no manifest.json") from None
-        except ValueError as error:
-            raise ReplayDataError(f"{folder / 'manifest.json'}: truncated or not JSON: {error}") from None
+        except (ValueError, OSError) as error:
+            raise ReplayDataError(f"{file}: truncated or not JSON: {error}") from None
         if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
             raise ReplayDataError(f"{folder}: not a trace of format {FORMAT}")
+        for key, kind in (("steps", list), ("ranks", int), ("first_step", int), ("layers", dict)):
+            if not isinstance(self.manifest.get(key), kind):
+                raise ReplayDataError(f"{file}: damaged: {key} is {self.manifest.get(key)!r}")
         self._check_layers(self.manifest.get("layers"), header.layers)
         for key in ("model", "seq_len", "sequences_per_step"):
             theirs, own = self.manifest.get(key), getattr(header, key)
@@ -169,14 +186,18 @@ class TraceReader:
                 raise ReplayDataError(f"{file}: missing; the recording was cut short") from None
             except (SafetensorError, OSError) as error:
                 raise ReplayDataError(f"{file}: truncated or damaged: {error}") from None
-        return TracedStep(f"{self.folder}, step {step}", self.header, parts)
+        try:
+            return TracedStep(f"{self.folder}, step {step}", self.header, parts)
+        except (KeyError, IndexError, TypeError, RuntimeError) as error:
+            raise ReplayDataError(f"{self.folder}, step {step}: damaged: {error!r}") from None
 
 
 class TracedStep:
     """One step's ids, whole.
 
     Attributes:
-        columns: (layer, call), in the order of dim 1 of ``ids_NGK``.
+        columns: (layer, call), in the order of dim 1 of ``ids_PCK``.
+        has_missing: whether any id is MISSING.
     """
 
     def __init__(self, name: str, header: Header, parts: dict[str, list[torch.Tensor]]) -> None:
@@ -189,24 +210,28 @@ class TracedStep:
         dtypes = {tensor.dtype for key in names for tensor in parts[key]}
         widest = max(dtypes, key=lambda dtype: dtype.itemsize)
         top_k = max(parts[key][0].shape[1] for key in names)
-        self.ids_NGK = torch.full((num_tokens, len(names), top_k), MISSING, dtype=widest)
+        self.ids_PCK = torch.full((num_tokens, len(names), top_k), _UNWRITTEN, dtype=widest)
         for column, key in enumerate(names):
             tokens, ids = torch.cat(parts[f"{key}.tokens"]), torch.cat(parts[key])
-            self.ids_NGK[tokens, column] = ids.to(widest)
-            gaps = (self.ids_NGK[:, column, 0] == MISSING).nonzero()
+            there = bool(((tokens >= 0) & (tokens < num_tokens)).all())
+            if ids.is_floating_point() or ids.dim() != 2 or not there:
+                raise ReplayDataError(f"{name}: damaged: {key} holds no ids of tokens 0 to {num_tokens - 1}")
+            self.ids_PCK[tokens, column] = ids.to(widest)
+            gaps = (self.ids_PCK[:, column] == _UNWRITTEN).any(1).nonzero()
             if len(gaps):
                 token = int(gaps[0])
                 place = f"sequence {token // header.seq_len}, position {token % header.seq_len}"
                 raise ReplayDataError(f"{name}: {key} has no ids for {place} ({len(gaps)} tokens lack them)")
             self._check_ids(name, key.rsplit("#", 1)[0], column, header)
+        self.has_missing = bool((self.ids_PCK == MISSING).any())
         sequences = torch.cat(parts["sequences"])
         self.digest_of = dict(zip(sequences[:, 0].tolist(), sequences[:, 1].tolist(), strict=True))
 
     def _check_ids(self, name: str, layer: str, column: int, header: Header) -> None:
-        shape = LayerShape(layer, *header.layers.get(layer, (2**15, self.ids_NGK.shape[2])))
-        ids_BLK = self.ids_NGK[:, column].unflatten(0, (-1, header.seq_len)).long()
+        shape = LayerShape(layer, *header.layers.get(layer, (2**15, self.ids_PCK.shape[2])))
+        ids_BLK = self.ids_PCK[:, column].unflatten(0, (-1, header.seq_len)).long()
         try:
-            check_layer(ids_BLK, shape, torch.ones(ids_BLK.shape[:2], dtype=torch.bool))
+            check_layer(ids_BLK, shape, torch.ones(ids_BLK.shape[:2], dtype=torch.bool), captured=False)
         except ReplayDataError as error:
             raise ReplayDataError(f"{name}: {error}") from None
 

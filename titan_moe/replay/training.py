@@ -1,7 +1,7 @@
 """``[routing_replay]`` in a training run: whose sequences a microbatch holds, and what happens per step."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +12,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from titan_moe.replay.check import Gates, ReplayCheck, ReplayCheckError
-from titan_moe.replay.ids import LayerShape
+from titan_moe.replay.ids import LayerShape, ReplayDataError
 from titan_moe.replay.section import RoutingReplay
 from titan_moe.replay.slots import Installed, Microbatch, Observer, Routes, Slot, slots_of
+from titan_moe.replay.together import Together
 from titan_moe.replay.trace import Header, TracedStep, TraceReader, TraceWriter, digests
 
 
@@ -54,10 +55,11 @@ class TrainingReplay:
         self.folder = Path(section.path or Path(dump_folder) / "routing_trace")
         slots = [slot for part in model_parts for slot in slots_of(part)]
         self.slots: list[Slot] = [slot for slot in slots if section.chosen(slot.layer)]
+        self.together = Together()
         self.check: ReplayCheck | None = None
         if section.check:
             gates = Gates(section.check_max_zero_overlap, section.check_min_mean_overlap)
-            self.check = ReplayCheck(model_parts, self.slots, gates, Path(dump_folder))
+            self.check = ReplayCheck(model_parts, self.slots, gates, Path(dump_folder), self.together)
         self.routes = Routes(
             slots,
             fill=section.fill,
@@ -74,12 +76,8 @@ class TrainingReplay:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around one optimizer step. Collective; raises ReplayCheckError on all ranks or none."""
-        if not self._opened and self.section.mode != "off":
-            self._open(step)
-        self._opened = True
-        if self.reader is not None:
-            self._step = self.reader.step(step)
+        """Around one optimizer step. Collective; what it raises, it raises on all ranks."""
+        self._together(lambda: self._begin(step))
         self._digests = []
         yield
         if self.writer is not None:
@@ -87,6 +85,22 @@ class TrainingReplay:
         if self.check is not None:
             layers = [slot.layer for slot in self.slots]
             self.summary = self.check.end_step(step, layers, self.place.accumulation)
+
+    def _begin(self, step: int) -> None:
+        if not self._opened and self.section.mode != "off":
+            self._open(step)
+        self._opened = True
+        if self.reader is not None:
+            self._step = self.reader.step(step)
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """What one rank cannot do ends all of them."""
+        error = None
+        try:
+            act()
+        except ReplayDataError as refused:
+            error = refused
+        self.together.raise_together(error)
 
     def watched(self, batches: Iterator[Any]) -> Iterator[Any]:
         """``batches``, whose texts are hashed on the host as they pass."""
@@ -97,21 +111,28 @@ class TrainingReplay:
     @contextmanager
     def microbatch(self, number: int, device: torch.device) -> Iterator[Microbatch]:
         """Around one forward and backward."""
-        sequences, own = self.place.sequences(number), self._digests[number]
-        tokens_N = (sequences.unsqueeze(1) * self.place.seq_len + torch.arange(self.place.seq_len)).flatten()
+        if number == 0 and self._step is not None:
+            self._together(self._check_texts)
+        sequences = self.place.sequences(number)
+        tokens_P = (sequences.unsqueeze(1) * self.place.seq_len + torch.arange(self.place.seq_len)).flatten()
         installed = None
         if self._step is not None:
-            self._step.check_digests(sequences, own)
             wanted = {slot.layer for slot in self.slots}
             columns = {key: column for key, column in self._step.columns.items() if key[0] in wanted}
-            ids_NGK = self._step.ids_NGK.index_select(0, tokens_N).to(device, non_blocking=True)
-            installed = Installed(ids_NGK, columns, has_missing=False)
+            ids_PCK = self._step.ids_PCK.index_select(0, tokens_P).to(device, non_blocking=True)
+            installed = Installed(ids_PCK, columns, has_missing=self._step.has_missing)
         if self.writer is not None:
-            self.writer.digests(sequences, own)
-        tokens_N = tokens_N.to(device, non_blocking=True)
-        microbatch = Microbatch(number=number, tokens_N=tokens_N, installed=installed)
+            self.writer.digests(sequences, self._digests[number])
+        tokens_P = tokens_P.to(device, non_blocking=True)
+        microbatch = Microbatch(number=number, tokens_P=tokens_P, installed=installed)
         with self.routes.microbatch(microbatch):
             yield microbatch
+
+    def _check_texts(self) -> None:
+        assert self._step is not None
+        # All of the step's: torchtitan fetches them before any forward.
+        for number, own in enumerate(self._digests):
+            self._step.check_digests(self.place.sequences(number), own)
 
     def finish(self) -> None:
         """Raises ReplayCheckError where the check is on and nothing was checked."""
@@ -151,9 +172,14 @@ class TrainingReplay:
 
 
 def fingerprint(model_parts: list[nn.Module]) -> str:
-    """A hash of all parameters that no sharding enters: integer sums of their bits. Host sync; once."""
+    """A hash of all that routes, which no sharding enters: integer sums of bits. Host sync; once."""
     digest = hashlib.sha256()
-    for name, parameter in sorted((n, p) for part in model_parts for n, p in part.named_parameters()):
+    tensors = [item for part in model_parts for item in part.named_parameters()]
+    # The one buffer that routes.
+    tensors += [
+        (n, b) for part in model_parts for n, b in part.named_buffers() if n.endswith("expert_bias_E")
+    ]
+    for name, parameter in sorted(tensors, key=lambda item: item[0]):
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
         total = local.detach().contiguous().view(width).sum(dtype=torch.int64)

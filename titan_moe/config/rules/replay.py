@@ -4,6 +4,7 @@ from pathlib import Path
 
 from titan_moe.config.build import moe_layers
 from titan_moe.config.rules.facts import Broken, Facts
+from titan_moe.replay.section import RoutingReplay
 
 
 def replay_keys_fit_together(facts: Facts) -> None:
@@ -13,6 +14,11 @@ def replay_keys_fit_together(facts: Facts) -> None:
         raise Broken(
             f"routing_replay.check needs routing_replay.mode ({replay.mode!r}) to be 'replay': "
             "there is nothing else to check"
+        )
+    if replay.mode != "off" and not replay.recompute_pin:
+        raise Broken(
+            f"routing_replay.recompute_pin (false) with routing_replay.mode {replay.mode!r}: a recomputation "
+            "finds its ids by the pin; leave it on"
         )
     for key in ("check_max_zero_overlap", "check_min_mean_overlap"):
         value = getattr(replay, key)
@@ -28,11 +34,12 @@ def replay_layers_are_there(facts: Facts) -> None:
     except ValueError as error:
         raise Broken(f"routing_replay.layers: {error}") from None
     names = [name for name, _ in moe_layers(facts.plan.spec)]
-    if replay.layers and not any(replay.chosen(name) for name in names):
-        raise Broken(
-            f"routing_replay.layers ({replay.layers}) holds none of the MoE layers of {facts.flavor} "
-            f"({names[0]} to {names[-1]})"
-        )
+    for text in replay.layers:
+        if not any(RoutingReplay(layers=[text]).chosen(name) for name in names):
+            raise Broken(
+                f"routing_replay.layers: {text!r} holds none of the MoE layers of {facts.flavor} "
+                f"({names[0]} to {names[-1]})"
+            )
 
 
 def replay_sees_every_router(facts: Facts) -> None:
@@ -44,6 +51,11 @@ def replay_sees_every_router(facts: Facts) -> None:
         raise Broken(
             f"routing_replay.mode {replay.mode!r} cannot reach into compiled layers: switch compile.enable "
             "off, or take 'model' out of compile.components"
+        )
+    if facts.value("activation_checkpoint.debug"):
+        raise Broken(
+            f"routing_replay.mode {replay.mode!r} needs activation_checkpoint.debug (True) off: torch "
+            "takes no contexts with it"
         )
     for name, degree in (("pipeline", facts.pp), ("context", facts.cp)):
         if degree > 1:
