@@ -86,6 +86,10 @@ def _flat_offset(moes: list[MoE]) -> None:
     FAULTS["flat_offset"](moes[1])
 
 
+def _as_if_whole(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def _unreduced_gate(moes: list[MoE]) -> None:
     """pytorch/torchtitan#2387, on a gate that FSDP shards as well."""
     scores = moes[0].router._scores
