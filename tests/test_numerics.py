@@ -95,9 +95,7 @@ def _unreduced_gate(moes: list[MoE]) -> None:
     scores = moes[0].router._scores
 
     def unreduced(x_TD: Tensor) -> Tensor:
-        with mock.patch.object(
-            router, "_local_gate", lambda p: p.to_local() if isinstance(p, DTensor) else p
-        ):
+        with mock.patch.object(router, "_local_gate", _as_if_whole):
             return scores(x_TD)
 
     moes[0].router._scores = unreduced  # type: ignore[method-assign]
