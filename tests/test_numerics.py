@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,6 +262,32 @@ class TestCommand:
         assert "layers.2.moe" in page
         assert "http" not in page.replace("http-equiv", "")
 
+    def test_the_page_in_a_browser(self, folder: Path, tmp_path: Path) -> None:
+        """Debian's chromium, headless: all plots are there, and nothing is complained about."""
+        browser = shutil.which("chromium")
+        if browser is None:
+            pytest.skip("no chromium (Debian's package of that name)")
+        base, good = _run(folder, f"tp2-{SEQ_LEN}", 4, *TP2), _run(folder, "ep2-tp2", 4, *EP2_TP2)
+        assert self._compare(str(base.folder), str(good.folder), "--out", str(tmp_path)) == 0
+        options = (
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--window-size=1366,900",
+        )
+        command = [browser, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+        page = subprocess.run(
+            [*command, (tmp_path / "report.html").as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert page.stdout.count("<svg") == 6
+        assert "nothing to draw" not in page.stdout
+        assert "CONSOLE" not in page.stderr
+
     @pytest.mark.parametrize(
         ("base", "words"),
         [
@@ -277,8 +305,6 @@ class TestCommand:
 
     @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"abc")])
     def test_a_damaged_capture(self, folder: Path, tmp_path: Path, damage: Callable[[Path], Any]) -> None:
-        import shutil
-
         copy = tmp_path / "copy"
         shutil.copytree(_run(folder, "ep2-tp2", 4, *EP2_TP2).folder, copy)
         damage(next((copy / "numerics").glob("step-*rank-0002*")))

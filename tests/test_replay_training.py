@@ -86,7 +86,9 @@ REPLAYS: dict[str, tuple[int, int, str, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", REPLAYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "tp2" else []) for name in REPLAYS]
+)
 def test_a_trace_replays_on_another_mesh(folder: Path, recorded: list[float], name: str) -> None:
     ranks, batch, ac, mesh = REPLAYS[name]
     results = _run(
