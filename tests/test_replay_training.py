@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.ranks import RankContext, RankError, run_ranks
+from tests.ranks import RankError, run_ranks
 from tests.training import train
+from titan_moe.moe import MoE
 from titan_moe.router import live
-from titan_moe.train import Trainer
 
 CONFIGS = Path(__file__).parent.parent / "train_configs"
 TIMEOUT_S = 240.0
@@ -45,9 +45,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _run(folder: Path, name: str, world_size: int, *overrides: str, body: Any = train) -> list[Any]:
+def _run(folder: Path, name: str, world_size: int, *overrides: str, sabotage: Any = None) -> list[Any]:
     seed = f"--checkpoint.initial_load_path={folder / 'seed' / 'step-0'}"
-    return run_ranks(body, world_size, _argv(folder, name, seed, *overrides), timeout_s=TIMEOUT_S)
+    argv = _argv(folder, name, seed, *overrides)
+    return run_ranks(train, world_size, argv, None, sabotage, timeout_s=TIMEOUT_S)
 
 
 def _losses(results: list[Any]) -> list[float]:
@@ -85,7 +86,9 @@ REPLAYS: dict[str, tuple[int, int, str, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", REPLAYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "tp2" else []) for name in REPLAYS]
+)
 def test_a_trace_replays_on_another_mesh(folder: Path, recorded: list[float], name: str) -> None:
     ranks, batch, ac, mesh = REPLAYS[name]
     results = _run(
@@ -139,9 +142,10 @@ def small(folder: Path) -> Path:
     return path
 
 
-def _replay(folder: Path, trace: Path, *further: str, body: Any = train, name: str = "") -> list[Any]:
+def _replay(folder: Path, trace: Path, *further: str, sabotage: Any = None, name: str = "") -> list[Any]:
     name = name or f"again-{len(list(folder.iterdir()))}"
-    return _run(folder, name, 1, *ONE_STEP, *REPLAY, f"--routing_replay.path={trace}", *further, body=body)
+    argv = (*ONE_STEP, *REPLAY, f"--routing_replay.path={trace}", *further)
+    return _run(folder, name, 1, *argv, sabotage=sabotage)
 
 
 def _shift_tokens(ids: dict[str, torch.Tensor]) -> None:
@@ -187,11 +191,11 @@ class TestTheCheckFails:
 
     def test_a_router_that_lost_its_slot(self, folder: Path, small: Path) -> None:
         with pytest.raises(RankError, match=r"layers\.2\.moe: replayed in 0 of 1 microbatches \(fwd\)"):
-            _replay(folder, small, body=train_without_a_slot)
+            _replay(folder, small, sabotage=_take_the_slot_out)
 
     def test_ids_that_change_behind_the_router(self, folder: Path, small: Path) -> None:
         with pytest.raises(RankError, match=r"layers\.1\.moe: \d+ picks at the dispatcher are not the inst"):
-            _replay(folder, small, body=train_with_swapped_ids)
+            _replay(folder, small, sabotage=_swap_ids_behind_the_router)
 
     def test_a_run_without_a_step(self, folder: Path, small: Path) -> None:
         _replay(folder, small, name="once")
@@ -209,36 +213,17 @@ class TestTheCheckFails:
             )
 
 
-def train_without_a_slot(ctx: RankContext, argv: list[str]) -> Any:
-    """Trains with the last router's source taken out, once the check has been set up."""
-    return _sabotaged(ctx, argv, lambda moe: setattr(moe.router, "source", live), layer=-1)
+def _take_the_slot_out(moes: list[MoE]) -> None:
+    moes[-1].router.source = live
 
 
-def train_with_swapped_ids(ctx: RankContext, argv: list[str]) -> Any:
-    """Trains with each token's ids exchanged for those of its neighbour, after the router."""
+def _swap_ids_behind_the_router(moes: list[MoE]) -> None:
+    """Each token's ids for those of its neighbour."""
 
-    def swap(moe: Any) -> None:
-        def swapped(_module: Any, _args: Any, routing: Any) -> Any:
-            return routing._replace(topk_expert_ids_TK=routing.topk_expert_ids_TK.roll(1, 0))
+    def swapped(_module: Any, _args: Any, routing: Any) -> Any:
+        return routing._replace(topk_expert_ids_TK=routing.topk_expert_ids_TK.roll(1, 0))
 
-        moe.router.register_forward_hook(swapped)
-
-    return _sabotaged(ctx, argv, swap, layer=0)
-
-
-def _sabotaged(ctx: RankContext, argv: list[str], sabotage: Callable[[Any], None], layer: int) -> Any:
-    init = Trainer.__init__
-
-    def with_sabotage(self: Any, config: Any) -> None:
-        init(self, config)
-        moes = [m for m in self.model_parts[0].modules() if hasattr(m, "routed_experts")]
-        sabotage(moes[layer])
-
-    Trainer.__init__ = with_sabotage  # type: ignore[method-assign]
-    try:
-        return train(ctx, argv)
-    finally:
-        Trainer.__init__ = init  # type: ignore[method-assign]
+    moes[0].router.register_forward_hook(swapped)
 
 
 class TestTracesThatDoNotFit:

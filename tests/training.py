@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,25 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from tests.ranks import RankContext
 from titan_moe.config import load
+from titan_moe.moe import MoE
 from titan_moe.train import Trainer
 
 NUM_LAYERS = 3  # one dense, two MoE: what repeats is enough once
 
 
-def train(ctx: RankContext, argv: list[str], gradients: str | None = None) -> dict[str, Any]:
+def train(
+    ctx: RankContext,
+    argv: list[str],
+    gradients: str | None = None,
+    sabotage: Callable[[list[MoE]], None] | None = None,
+) -> dict[str, Any]:
     """Trains as ``python -m titan_moe.train`` does, on this body's process group.
 
     Args:
         argv: Config file and overrides.
         gradients: A file for the whole gradients of the first step, by parameter name. Where it exists,
             they are compared with it instead, and "gradient_errors" says how far off each is.
+        sabotage: Done to the model's MoE layers before the first step.
 
     Returns:
         "records" of metrics.jsonl; "expert_bias" per layer; "first_bias" and "first_load" (counts) per
@@ -37,6 +45,8 @@ def train(ctx: RankContext, argv: list[str], gradients: str | None = None) -> di
     model: Any = job.trainer.model_spec.model
     model.layers = model.layers[:NUM_LAYERS]
     trainer = Trainer(Trainer.Config.of(job))
+    if sabotage is not None:
+        sabotage([module for module in trainer.model_parts[0].modules() if isinstance(module, MoE)])
     results: dict[str, Any] = {}
     trainer.optimizers.register_step_pre_hook(lambda *_: _watch_first_step(trainer, gradients, results))
     try:

@@ -21,6 +21,8 @@ from torchtitan.trainer import Trainer as TorchtitanTrainer
 
 from titan_moe.config import ConfigError, Job, load, write_resolved
 from titan_moe.metrics import MetricsProcessor
+from titan_moe.numerics.capture import Capture
+from titan_moe.numerics.section import Numerics
 from titan_moe.parallelize import unbind
 from titan_moe.replay.section import RoutingReplay
 from titan_moe.replay.training import Place, TrainingReplay
@@ -35,12 +37,19 @@ class Trainer(TorchtitanTrainer):
 
         wants_sequence_parallel: bool = False  # set by the trainer, see init_distributed
         routing_replay: RoutingReplay = field(default_factory=RoutingReplay)
+        numerics: Numerics = field(default_factory=Numerics)
 
         @classmethod
         def of(cls, job: Job) -> "Trainer.Config":
             """``job``'s config with our metrics in the place of torchtitan's, and our sections."""
             metrics = _as(MetricsProcessor.Config, job.trainer.metrics)
-            return _as(cls, job.trainer, metrics=metrics, routing_replay=job.routing_replay)
+            return _as(
+                cls,
+                job.trainer,
+                metrics=metrics,
+                routing_replay=job.routing_replay,
+                numerics=job.numerics,
+            )
 
         def maybe_log(self) -> None:
             """Gives back what ``init_distributed`` took, then as torchtitan."""
@@ -53,7 +62,17 @@ class Trainer(TorchtitanTrainer):
             "torchtitan's constructor no longer calls maybe_log after init_distributed"
         )
         self.replay: TrainingReplay | None = None
-        if config.routing_replay.mode != "off" and not config.checkpoint.create_seed_checkpoint:
+        self.capture: Capture | None = None
+        if config.checkpoint.create_seed_checkpoint:
+            return
+        if config.numerics.capture:
+            self.capture = Capture(
+                config.numerics,
+                self.model_parts,
+                seq_len=config.training.seq_len,
+                dump_folder=config.dump_folder,
+            )
+        if config.routing_replay.mode != "off" or self.capture is not None:
             spec: Any = config.model_spec
             self.replay = TrainingReplay(
                 config.routing_replay,
@@ -61,6 +80,7 @@ class Trainer(TorchtitanTrainer):
                 self._place(),
                 model=f"{spec.name}/{spec.flavor}",
                 dump_folder=config.dump_folder,
+                observers=(self.capture,) if self.capture is not None else (),
             )
 
     def init_distributed(self) -> ParallelDims:
@@ -88,6 +108,8 @@ class Trainer(TorchtitanTrainer):
         self.microbatches = itertools.count()
         with self.replay.step(self.step):
             super().train_step(self.replay.watched(data_iterator))
+        if self.capture is not None:
+            self.capture.end_step(self.step)
         if self.replay.summary:
             logger.info(f"step {self.step:>5}  {self.replay.summary}")
 
@@ -95,8 +117,14 @@ class Trainer(TorchtitanTrainer):
         """As torchtitan; in a microbatch of its own."""
         if self.replay is None:
             return super().forward_backward_step(**kwargs)
-        with self.replay.microbatch(next(self.microbatches), self.device):
-            return super().forward_backward_step(**kwargs)
+        with self.replay.microbatch(next(self.microbatches), self.device) as microbatch:
+            if self.capture is None:
+                return super().forward_backward_step(**kwargs)
+            with self.capture.during(microbatch):
+                loss = super().forward_backward_step(**kwargs)
+            if microbatch.number + 1 == self.gradient_accumulation_steps:
+                self.capture.gradients(self.step)  # before they are clipped
+            return loss
 
     def close(self) -> None:
         """As torchtitan, and finishes a recording."""

@@ -26,6 +26,7 @@ from titan_moe.config.sections import (
 from titan_moe.config.toml import COMMAND_LINE, Given, Settings, Text, leaves
 from titan_moe.dispatch.base import TokenDispatcher
 from titan_moe.moe import MoE
+from titan_moe.numerics.section import Numerics
 from titan_moe.parallelize import parallelize
 from titan_moe.replay.section import RoutingReplay
 
@@ -38,6 +39,7 @@ class Plan:
     model: ModelSection
     moe: MoESection
     routing_replay: RoutingReplay
+    numerics: Numerics
 
     @property
     def spec(self) -> ModelSpec:
@@ -73,12 +75,13 @@ class _Builder:
             values["moe"] = {name: value for name, value in moe_table.items() if name not in backends}
         kwargs = self._kwargs("", values, Root)
         model, moe, replay = (kwargs.pop(name) for name in ("model", "moe", "routing_replay"))
+        numerics = kwargs.pop("numerics")
         kwargs["optimizer"] = self._optimizer(kwargs["optimizer"])
         spec = self._spec(model, moe, backends)
         if not replay.recompute_pin and replay.mode == "off":
             spec.parallelize_fn = partial(parallelize, recompute_pin=False)
         trainer = self._construct("", Trainer.Config, None, kwargs | {"model_spec": spec})
-        return Plan(trainer=trainer, model=model, moe=moe, routing_replay=replay)
+        return Plan(trainer=trainer, model=model, moe=moe, routing_replay=replay, numerics=numerics)
 
     def _spec(self, model: ModelSection, moe: MoESection, backends: dict[str, Any]) -> ModelSpec:
         options = {}

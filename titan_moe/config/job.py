@@ -14,6 +14,7 @@ from titan_moe.config.errors import ConfigError
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
 
+    from titan_moe.numerics.section import Numerics
     from titan_moe.replay.section import RoutingReplay
 
 
@@ -23,13 +24,14 @@ class Job:
 
     Attributes:
         trainer: torchtitan's config, its ``model_spec`` set.
-        routing_replay: ours, for ``titan_moe.train``.
+        routing_replay, numerics: ours, for ``titan_moe.train``.
         resolved: every section, key and value in force, in the file format.
         config_file: where it came from.
     """
 
     trainer: "Trainer.Config"
     routing_replay: "RoutingReplay"
+    numerics: "Numerics"
     resolved: dict[str, Any]
     config_file: Path
 
@@ -57,6 +59,7 @@ def load(argv: Sequence[str], *, world_size: int | None = None) -> Job:
     return Job(
         trainer=plan.trainer,
         routing_replay=plan.routing_replay,
+        numerics=plan.numerics,
         resolved=resolve(plan),
         config_file=settings.config_file,
     )

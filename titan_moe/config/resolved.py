@@ -18,6 +18,7 @@ def resolve(plan: Plan) -> dict[str, Any]:
     """
     resolved = {"model": _value("model", plan.model), "moe": _moe(plan)}
     resolved["routing_replay"] = _value("routing_replay", plan.routing_replay)
+    resolved["numerics"] = _value("numerics", plan.numerics)
     for name in keys_of(Trainer.Config):
         value = getattr(plan.trainer, name)
         resolved[name] = _value(name, OptimizerSection.of(value) if name == "optimizer" else value)

@@ -20,6 +20,7 @@ from torchtitan.tools.utils import device_type
 from torchtitan.trainer import Trainer
 
 from titan_moe.data import TOKENIZER_DIR, TextDataLoader
+from titan_moe.numerics.section import Numerics
 from titan_moe.replay.section import RoutingReplay
 
 
@@ -191,6 +192,7 @@ class Root(Trainer.Config):
     model: ModelSection
     moe: MoESection = field(default_factory=MoESection)
     routing_replay: RoutingReplay = field(default_factory=RoutingReplay)
+    numerics: Numerics = field(default_factory=Numerics)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from titan_moe.replay.check import Gates, ReplayCheck, ReplayCheckError
 from titan_moe.replay.ids import LayerShape, ReplayDataError
 from titan_moe.replay.section import RoutingReplay
-from titan_moe.replay.slots import Installed, Microbatch, Routes, Slot, slots_of
+from titan_moe.replay.slots import Installed, Microbatch, Observer, Routes, Slot, slots_of
 from titan_moe.replay.together import Together
 from titan_moe.replay.trace import Header, TracedStep, TraceReader, TraceWriter, digests
 
@@ -48,8 +48,9 @@ class TrainingReplay:
         *,
         model: str,
         dump_folder: str,
+        observers: tuple[Observer, ...] = (),
     ) -> None:
-        """``model`` is a name that a trace and its replay must share."""
+        """``model`` is a name that a trace and its replay must share; ``observers`` see every choice."""
         self.section, self.place, self.model_parts, self.model = section, place, model_parts, model
         self.folder = Path(section.path or Path(dump_folder) / "routing_trace")
         slots = [slot for part in model_parts for slot in slots_of(part)]
@@ -64,8 +65,9 @@ class TrainingReplay:
             fill=section.fill,
             fill_weight=section.fill_weight,
             ep_size=place.ep_size,
-            observers=(self.check,) if self.check is not None else (),
+            observers=(*observers, *([self.check] if self.check is not None else [])),
         )
+        self._opened = False
         self.writer: TraceWriter | None = None
         self.reader: TraceReader | None = None
         self._step: TracedStep | None = None
@@ -85,8 +87,9 @@ class TrainingReplay:
             self.summary = self.check.end_step(step, layers, self.place.accumulation)
 
     def _begin(self, step: int) -> None:
-        if self.writer is None and self.reader is None:
+        if not self._opened and self.section.mode != "off":
             self._open(step)
+        self._opened = True
         if self.reader is not None:
             self._step = self.reader.step(step)
 
@@ -106,7 +109,7 @@ class TrainingReplay:
             yield batch
 
     @contextmanager
-    def microbatch(self, number: int, device: torch.device) -> Iterator[None]:
+    def microbatch(self, number: int, device: torch.device) -> Iterator[Microbatch]:
         """Around one forward and backward."""
         if number == 0 and self._step is not None:
             self._together(self._check_texts)
@@ -121,8 +124,9 @@ class TrainingReplay:
         if self.writer is not None:
             self.writer.digests(sequences, self._digests[number])
         tokens_P = tokens_P.to(device, non_blocking=True)
-        with self.routes.microbatch(Microbatch(number=number, tokens_P=tokens_P, installed=installed)):
-            yield
+        microbatch = Microbatch(number=number, tokens_P=tokens_P, installed=installed)
+        with self.routes.microbatch(microbatch):
+            yield microbatch
 
     def _check_texts(self) -> None:
         assert self._step is not None

@@ -1,0 +1,1 @@
+"""Two runs compared: bitwise, within tolerance, or different from where on. docs/numerics.md."""
