@@ -271,7 +271,10 @@ class TestCheck:
             self._replay(model, tmp_path).end_step(1)
 
     def test_near_ties_and_suspicious_flips(self, model: Model, tmp_path: Path) -> None:
-        """Every flip is either; and a margin of infinity calls none a near tie."""
+        """Every flip is one of them. A gate of zeros ties all experts, the other layer's does not."""
+        tied: Any = model.layers["1"].moe
+        tied.router.gate.weight.data.zero_()
+        tied.expert_bias_E.zero_()
         replay = self._replay(model, tmp_path, max_zero_overlap=1.0)
         with install(replay, random_ids()):
             model(x_BLD()).backward(CASES[1].grad_out_BLD)
@@ -279,7 +282,8 @@ class TestCheck:
         for line in evidence(tmp_path):
             flips = line["near_tie_flips"] + line["suspicious_flips"]
             assert flips == round((1 - line["exact_set"]) * line["tokens"])
-            assert line["suspicious_flips"] > 0
+            assert (line["suspicious_flips"] == 0) == (line["layer"] == "layers.1.moe")
+            assert flips > 0
 
 
 class TestNothingIsSilent:

@@ -18,7 +18,7 @@ from tests.ranks import RankContext, run_ranks
 from tests.test_layering import ROOT
 from titan_moe.bench import traffic as bench
 from titan_moe.dispatch.__main__ import closed_form, facts
-from titan_moe.dispatch.base import DispatchLimits, Traffic
+from titan_moe.dispatch.base import DispatchLimits, DispatchMetadata, Routing, Traffic
 from titan_moe.dispatch.uniform import ranks_per_token
 from titan_moe.load_balance import LoadBalancer
 
@@ -95,6 +95,46 @@ class TestUniformRouting:
         plain = 100_000 * 8 * 2048 * 2
         assert sent.dispatch_bytes <= 0.5 * plain
         assert sent.combine_bytes <= 0.5 * plain
+
+
+GROUPS, USED = 8, 2
+
+
+def rows_sent_in_groups(ctx: RankContext, name: str) -> list[int]:
+    """2,000 tokens per rank, each in 2 of 8 groups of 8 experts: this rank's rows out and back."""
+    dispatcher = backends.config(name, num_experts=64, top_k=8).build()
+    limits = DispatchLimits(
+        num_experts=64, top_k=8, dim=16, ep_size=ctx.world_size, num_max_tokens_per_rank=2000
+    )
+    dispatcher.bind(ctx.device_mesh((ctx.world_size,), ("ep",)), limits)
+    generator = torch.Generator().manual_seed(ctx.rank)
+    groups_TG = torch.rand(2000, GROUPS, generator=generator).topk(USED).indices
+    drawn_TK = torch.rand(2000, USED * 8, generator=generator).topk(8).indices
+    ids_TK = groups_TG.gather(1, drawn_TK // 8) * 8 + drawn_TK % 8
+    routing = Routing(torch.ones(2000, 8), ids_TK, torch.bincount(ids_TK.flatten(), minlength=64))
+    layout = DispatchMetadata.of(local_batch_size=1, local_seq_len=2000, dim=16, global_seq_len=2000)
+    sent = dispatcher.dispatch(torch.ones(2000, 16), routing, layout)
+    traffic = dispatcher.traffic(sent.metadata, 4)
+    return [traffic.dispatch_rows, traffic.combine_rows]
+
+
+@pytest.mark.parametrize("name", OVER_EP)
+def test_rows_of_group_limited_routing_follow_the_closed_form(name: str) -> None:
+    limits = DispatchLimits(
+        num_experts=64,
+        top_k=8,
+        dim=16,
+        ep_size=4,
+        num_max_tokens_per_rank=2000,
+        num_expert_groups=GROUPS,
+        num_limited_groups=USED,
+    )
+    expected = backends.config(name, num_experts=64, top_k=8).build().uniform_rows_per_token(limits)
+    sent = torch.tensor(run_ranks(rows_sent_in_groups, 4, name)).sum(0) / 8000
+    assert sent.tolist() == pytest.approx(expected, rel=0.01)
+    assert ranks_per_token(64, 8, 4) > 1.5 * ranks_per_token(
+        64, 8, 4, num_expert_groups=GROUPS, num_limited_groups=USED
+    )
 
 
 def counted(ctx: RankContext, case: Case, dispatcher: str, ac: bool) -> dict[str, float]:
