@@ -60,6 +60,11 @@ CASES: dict[str, list[Case]] = {
             fails=f"{_R}mode record --parallelism.pipeline_parallel_degree 2",
             says=r"mode 'record' is not there for parallelism.pipeline_parallel_degree \(2\) > 1",
         ),
+        Case(
+            passes="--numerics.capture",
+            fails="--numerics.capture --compile.enable",
+            says=r"numerics.capture \(True\) cannot reach into compiled layers",
+        ),
     ],
     "replayed_trace_exists": [
         Case(

@@ -206,6 +206,7 @@ HEALTHY: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "ep2-tp2": (4, SEQ_LEN, EP2_TP2),
     "ep2-tp2-31": (4, 31, EP2_TP2),
     "deepep": (4, SEQ_LEN, (*EP2_TP2, "--moe.dispatcher=deepep")),
+    "selective-ac": (4, SEQ_LEN, (*EP2_TP2, "--activation_checkpoint.mode=selective")),
     "full-ac": (4, SEQ_LEN, (*EP2_TP2, "--activation_checkpoint.mode=full")),
     "ep4": (4, SEQ_LEN, ("--parallelism.expert_parallel_degree=4", "--moe.dispatcher=all_to_all")),
     "no-sp": (4, SEQ_LEN, (*EP2_TP2, "--parallelism.no-enable-sequence-parallel")),
@@ -213,7 +214,7 @@ HEALTHY: dict[str, tuple[int, int, tuple[str, ...]]] = {
 }
 
 
-SLOW = ("full-ac", "ep4", "no-sp", "ep2-tp2-31")
+SLOW = ("selective-ac", "full-ac", "ep4", "no-sp", "ep2-tp2-31")
 
 
 class TestHealthyPairs:

@@ -1,7 +1,7 @@
 """What a run writes down: tokens' features of every module, routes with their margins, gradients.
 
-A folder of ``manifest.json``, ``step-000001.rank-0000.safetensors`` (features by module and global token
-index) and, from rank 0, ``gradients-000001.safetensors``. Losses and norms are in the run's metrics.jsonl.
+``numerics`` in the dump folder: ``manifest.json``, ``step-000001.rank-0000.safetensors`` (features by module
+and global token index) and, from rank 0, ``gradients-000001.safetensors``. Losses are in metrics.jsonl.
 """
 
 import json
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from titan_moe.load_balance import is_recomputing
 from titan_moe.numerics.features import features, local_tokens
 from titan_moe.numerics.section import Numerics
+from titan_moe.replay.regions import unseen_by_selective_ac
 from titan_moe.replay.slots import Microbatch, Slot
 from titan_moe.router import Choice, Query
 
@@ -34,7 +35,7 @@ class Capture:
     def __init__(
         self, section: Numerics, model_parts: list[nn.Module], *, seq_len: int, dump_folder: str
     ) -> None:
-        self.folder = Path(section.path or Path(dump_folder) / "numerics")
+        self.folder = Path(dump_folder) / "numerics"
         self.gradient_steps, self.seq_len = section.gradient_steps, seq_len
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.model_parts = model_parts
@@ -44,8 +45,8 @@ class Capture:
         self._parts: dict[str, list[torch.Tensor]] = {}
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for old in self.folder.iterdir():
-                old.unlink()
+            for old in (*self.folder.glob("*.safetensors"), self.folder / "manifest.json"):
+                old.unlink(missing_ok=True)
         for part in model_parts:
             for name, module in part.named_modules():
                 if plain := plain_name(name):
@@ -80,6 +81,10 @@ class Capture:
 
     @torch.no_grad()
     def _tokens(self, key: str, x: torch.Tensor) -> None:
+        with unseen_by_selective_ac():  # a recomputation does not write down again
+            self._write_down(key, x)
+
+    def _write_down(self, key: str, x: torch.Tensor) -> None:
         microbatch = self.microbatch
         if microbatch is None:
             return

@@ -8,5 +8,4 @@ class Numerics:
     """What a run writes down about its numbers, for ``python -m titan_moe.numerics compare``."""
 
     capture: bool = False
-    path: str = ""  # the folder; empty: numerics in the dump folder
     gradient_steps: int = 1  # of the first steps, whole gradients are saved

@@ -15,10 +15,10 @@ def replay_keys_fit_together(facts: Facts) -> None:
             f"routing_replay.check needs routing_replay.mode ({replay.mode!r}) to be 'replay': "
             "there is nothing else to check"
         )
-    if replay.mode != "off" and not replay.recompute_pin:
+    if (replay.mode != "off" or facts.plan.numerics.capture) and not replay.recompute_pin:
         raise Broken(
-            f"routing_replay.recompute_pin (false) with routing_replay.mode {replay.mode!r}: a recomputation "
-            "finds its ids by the pin; leave it on"
+            f"routing_replay.recompute_pin (false) with routing_replay.mode {replay.mode!r} or "
+            "numerics.capture: a recomputation finds its ids by the pin; leave it on"
         )
     for key in ("check_max_zero_overlap", "check_min_mean_overlap"):
         value = getattr(replay, key)
@@ -45,22 +45,23 @@ def replay_layers_are_there(facts: Facts) -> None:
 def replay_sees_every_router(facts: Facts) -> None:
     """Where a router runs without its slot, or a microbatch is not one forward, nothing is replayed."""
     replay, compiled = facts.plan.routing_replay, facts.trainer.compile
-    if replay.mode == "off":
+    if replay.mode != "off":
+        key = f"routing_replay.mode {replay.mode!r}"
+    elif facts.plan.numerics.capture:
+        key = "numerics.capture (True)"
+    else:
         return
     if compiled.enable and "model" in compiled.components:
         raise Broken(
-            f"routing_replay.mode {replay.mode!r} cannot reach into compiled layers: switch compile.enable "
+            f"{key} cannot reach into compiled layers: switch compile.enable "
             "off, or take 'model' out of compile.components"
         )
     if facts.value("activation_checkpoint.debug"):
-        raise Broken(
-            f"routing_replay.mode {replay.mode!r} needs activation_checkpoint.debug (True) off: torch "
-            "takes no contexts with it"
-        )
+        raise Broken(f"{key} needs activation_checkpoint.debug (True) off: torch takes no contexts with it")
     for name, degree in (("pipeline", facts.pp), ("context", facts.cp)):
         if degree > 1:
             raise Broken(
-                f"routing_replay.mode {replay.mode!r} is not there for parallelism.{name}_parallel_degree "
+                f"{key} is not there for parallelism.{name}_parallel_degree "
                 f"({degree}) > 1; use FSDP, TP and EP"
             )
 
