@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.config_rule_case import Case, model, rows
-from titan_moe.config.rules import RULES, experts, mesh, replay, run
+from titan_moe.config.rules import RULES, experts, mesh, numerics, replay, run, stock
 from titan_moe.config.sections import every_key
 from titan_moe.data import TOKENIZER_DIR
 
@@ -172,7 +172,8 @@ CASES: dict[str, list[Case]] = {
 
 def test_every_rule_has_cases() -> None:
     assert [rule.__name__ for rule in (*run.RANGES_FIRST, *run.RULES)] == list(CASES)
-    assert len(RULES) == len(mesh.RULES) + len(experts.RULES) + len(CASES) + len(replay.RULES)
+    elsewhere = (mesh, experts, replay, stock, numerics)
+    assert len(RULES) == len(CASES) + sum(len(module.RULES) for module in elsewhere)
     assert set(run.RANGES) <= {f"{section}.{key}" for section, key in every_key()}
 
 

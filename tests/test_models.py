@@ -474,7 +474,7 @@ class TestSwapAttention:
         assert {type(attention) for attention in attentions} == {PackedSDPA}
 
     def test_only_on_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("titan_moe.models.swap.device_type", "cuda")
+        monkeypatch.setattr("titan_moe.models.attention.device_type", "cuda")
         spec = swap_spec(stock_spec("deepseek_v3", "debugmodel"), dispatcher="local", dispatcher_options={})
         assert not [a for _, a, _, _ in spec.model.traverse(PackedSDPA.Config)]
         assert list(spec.model.traverse(FlexAttention.Config))

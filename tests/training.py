@@ -71,10 +71,10 @@ def _watch_first_step(trainer: Trainer, file: str | None, results: dict[str, Any
     named = {_plain(name): p.grad for name, p in trainer.model_parts[0].named_parameters()}
     results["none_gradients"] = [name for name, gradient in named.items() if gradient is None]
     results["first_bias"] = _expert_bias(trainer)
-    optimizers: Any = trainer.optimizers
-    results["first_load"] = {
-        fqn: load_E.clone() for fqn, load_E in optimizers.load_balancer.last_load.items()
-    }
+    balancer = getattr(trainer.optimizers, "load_balancer", None)  # None: torchtitan's own layers
+    results["first_load"] = (
+        {fqn: load_E.clone() for fqn, load_E in balancer.last_load.items()} if balancer else {}
+    )
     if file is None:
         return
     whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in named.items()}
@@ -90,8 +90,8 @@ def _watch_first_step(trainer: Trainer, file: str | None, results: dict[str, Any
 
 
 def _expert_bias(trainer: Trainer) -> dict[str, torch.Tensor]:
-    optimizers: Any = trainer.optimizers
-    return {fqn: moe.expert_bias_E.clone() for fqn, moe in optimizers.load_balancer.layers.items()}
+    balancer = getattr(trainer.optimizers, "load_balancer", None)
+    return {fqn: moe.expert_bias_E.clone() for fqn, moe in balancer.layers.items()} if balancer else {}
 
 
 def _replicas_differ(trainer: Trainer) -> list[str]:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from titan_moe.dispatch.base import Traffic
+from titan_moe.names import plain_name
 
 
 @torch.no_grad()
@@ -131,7 +132,7 @@ def _bias_delta(load_E: torch.Tensor, coeff: float) -> torch.Tensor:
 def _moe_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Every module that counts tokens, MTP blocks included, by its name without wrappers."""
     return [
-        (fqn.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), module)
+        (plain_name(fqn), module)
         for fqn, module in model.named_modules()
         if hasattr(module, "tokens_per_expert_E")
     ]

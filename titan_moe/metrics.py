@@ -60,13 +60,13 @@ class MetricsProcessor(upstream.MetricsProcessor):
         return self.ntokens_since_last_log * replicas / elapsed
 
     def _expert_load(self) -> dict[str, dict[str, float]]:
-        optimizers: Any = self.optimizers
-        stages = self._of_all_stages(optimizers.load_balancer.report())
+        balancer = getattr(self.optimizers, "load_balancer", None)  # None: torchtitan's own layers
+        stages = self._of_all_stages({} if balancer is None else balancer.report())
         return {fqn: stats for stage in stages for fqn, stats in stage.items()}
 
     def _traffic(self) -> dict[str, float]:
-        optimizers: Any = self.optimizers
-        stages = self._of_all_stages(optimizers.load_balancer.report_traffic())
+        balancer = getattr(self.optimizers, "load_balancer", None)
+        stages = self._of_all_stages({} if balancer is None else balancer.report_traffic())
         return {key: sum(stage[key] for stage in stages) for key in stages[0]}
 
     def _of_all_stages(self, report: dict[str, Any]) -> list[dict[str, Any]]:

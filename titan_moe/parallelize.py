@@ -94,8 +94,12 @@ def _apply_fsdp(
         edp_mesh=parallel_dims.get_mesh([*replicate, "efsdp"]) if parallel_dims.ep_enabled else None,
         enable_symm_mem=parallelism.enable_fsdp_symm_mem,
     )
+    sum_over_gloo(model)
+
+
+def sum_over_gloo(model: nn.Module) -> None:
+    """On CPU: gloo has no PREMUL_SUM, which FSDP2 picks for its gradient scaling."""
     if device_type == "cpu":
-        # gloo has no PREMUL_SUM, which FSDP2 picks for its gradient scaling.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)

@@ -11,6 +11,7 @@ from torch import nn
 from torchtitan.config import TORCH_DTYPE_MAP, CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.parallel_dims import MeshAxisName as Axis
 from torchtitan.distributed.parallel_dims import SpmdLayout
+from torchtitan.models.common import moe as upstream
 from torchtitan.models.common.decoder_sharding import (
     dense_activation_placement,
     dense_param_placement,
@@ -67,7 +68,7 @@ def shard_moe(moe: MoE, *, ep: bool, sp: bool) -> None:
 
 
 def dispatch_limits(
-    layer: MoE.Config,
+    layer: upstream.MoE.Config,
     *,
     training: TrainingConfig,
     parallelism: ParallelismConfig,

@@ -70,6 +70,8 @@ class Trainer(TorchtitanTrainer):
                 config.numerics,
                 self.model_parts,
                 seq_len=config.training.seq_len,
+                sequences=self._place().sequences_per_step,
+                dtype=config.training.mixed_precision_param,
                 dump_folder=config.dump_folder,
             )
         if config.routing_replay.mode != "off" or self.capture is not None:
@@ -120,7 +122,7 @@ class Trainer(TorchtitanTrainer):
         with self.replay.microbatch(next(self.microbatches), self.device) as microbatch:
             if self.capture is None:
                 return super().forward_backward_step(**kwargs)
-            with self.capture.during(microbatch):
+            with self.capture.during(microbatch, self.step):
                 loss = super().forward_backward_step(**kwargs)
             if microbatch.number + 1 == self.gradient_accumulation_steps:
                 self.capture.gradients(self.step)  # before they are clipped

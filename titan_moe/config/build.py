@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal, NoReturn, cast, get_args, get_origin
 
 from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.models.common import moe as upstream
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
@@ -25,7 +26,6 @@ from titan_moe.config.sections import (
 )
 from titan_moe.config.toml import COMMAND_LINE, Given, Settings, Text, leaves
 from titan_moe.dispatch.base import TokenDispatcher
-from titan_moe.moe import MoE
 from titan_moe.numerics.section import Numerics
 from titan_moe.parallelize import parallelize
 from titan_moe.replay.section import RoutingReplay
@@ -47,9 +47,10 @@ class Plan:
         return cast(ModelSpec, self.trainer.model_spec)
 
 
-def moe_layers(spec: ModelSpec) -> list[tuple[str, MoE.Config]]:
-    """(name, config) of every MoE layer of a model."""
-    return [(fqn, cast(MoE.Config, config)) for fqn, config, _, _ in spec.model.traverse(MoE.Config)]
+def moe_layers(spec: ModelSpec) -> list[tuple[str, upstream.MoE.Config]]:
+    """(name, config) of every MoE layer of a model, ours or torchtitan's."""
+    layers: Any = spec.model.traverse(upstream.MoE.Config)
+    return [(fqn, config) for fqn, config, _, _ in layers]
 
 
 def build(settings: Settings) -> Plan:
@@ -78,7 +79,7 @@ class _Builder:
         numerics = kwargs.pop("numerics")
         kwargs["optimizer"] = self._optimizer(kwargs["optimizer"])
         spec = self._spec(model, moe, backends)
-        if not replay.recompute_pin and replay.mode == "off":
+        if not replay.recompute_pin and replay.mode == "off" and model.moe == "titan_moe":
             spec.parallelize_fn = partial(parallelize, recompute_pin=False)
         trainer = self._construct("", Trainer.Config, None, kwargs | {"model_spec": spec})
         return Plan(trainer=trainer, model=model, moe=moe, routing_replay=replay, numerics=numerics)
@@ -98,7 +99,11 @@ class _Builder:
             self._fail("model.flavor", f"{model.flavor!r} is not a flavor of {model.name} ({there}){close}")
         try:
             spec = models.build_spec(
-                model.name, model.flavor, dispatcher=moe.dispatcher, dispatcher_options=options
+                model.name,
+                model.flavor,
+                dispatcher=moe.dispatcher,
+                dispatcher_options=options,
+                stock=model.moe == "torchtitan",
             )
         except (ValueError, TypeError) as error:
             self._fail("model", f"{model.name}/{model.flavor} with dispatcher {moe.dispatcher!r}: {error}")

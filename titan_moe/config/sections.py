@@ -173,6 +173,7 @@ class ModelSection:
 
     name: str
     flavor: str
+    moe: Literal["titan_moe", "torchtitan"] = "titan_moe"  # whose layer; torchtitan's for comparisons
 
 
 @dataclass(kw_only=True)

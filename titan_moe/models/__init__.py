@@ -6,6 +6,9 @@ from typing import Any
 
 from torchtitan.protocols.model_spec import ModelSpec
 
+from titan_moe.models.stock import keep_spec
+from titan_moe.models.swap import swap_spec
+
 # Lazy strings: listing the families must not import them.
 MODELS: dict[str, str] = {
     "deepseek_v3": "titan_moe.models.deepseek_v3",
@@ -19,13 +22,19 @@ def flavors(name: str) -> list[str]:
 
 
 def build_spec(
-    name: str, flavor: str, *, dispatcher: str = "local", dispatcher_options: dict[str, Any] | None = None
+    name: str,
+    flavor: str,
+    *,
+    dispatcher: str = "local",
+    dispatcher_options: dict[str, Any] | None = None,
+    stock: bool = False,
 ) -> ModelSpec:
     """A torchtitan ModelSpec of ``name``/``flavor`` with our MoE layer, sharding and load balancer.
 
     Args:
         dispatcher: a name in ``titan_moe.dispatch.DISPATCHERS``.
         dispatcher_options: fields of that backend's Config beyond num_experts and top_k.
+        stock: torchtitan's own MoE layer stays, and its dispatcher; for comparisons.
 
     Raises:
         ValueError: unknown family, flavor or dispatcher; the message lists what there is.
@@ -35,7 +44,10 @@ def build_spec(
         there = ", ".join(family.FLAVORS)
         near = _near(flavor, family.FLAVORS)
         raise ValueError(f"{flavor!r} is not a flavor of {name} (there are: {there}){near}")
-    return family.build_spec(flavor, dispatcher=dispatcher, dispatcher_options=dispatcher_options or {})
+    spec = family.upstream_spec(family.FLAVORS[flavor])
+    if stock:
+        return keep_spec(spec)
+    return swap_spec(spec, dispatcher=dispatcher, dispatcher_options=dispatcher_options or {})
 
 
 def _family(name: str) -> Any:

@@ -1,11 +1,14 @@
 """Attention over packed documents where FlexAttention has no backward: CPU."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torchtitan.models.common.attention import VarlenAttention, VarlenMetadata
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention, VarlenMetadata
+from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module
+from torchtitan.tools.utils import device_type
 
 
 class PackedSDPA(VarlenAttention):
@@ -40,6 +43,16 @@ class PackedSDPA(VarlenAttention):
             q_BNLH, k_BNLH, v_BNLH, attn_mask=mask_B1LL, scale=scale, enable_gqa=enable_gqa
         )
         return out_BNLH.transpose(1, 2)
+
+
+def swap_attention(model: BaseModel.Config) -> None:
+    """On CPU, replaces Flex and Varlen attention, in place."""
+    if device_type != "cpu":
+        return
+    for kind in (FlexAttention.Config, VarlenAttention.Config):
+        found: list[Any] = list(model.traverse(kind))
+        for _, _, parent, attr in found:
+            setattr(parent, attr, PackedSDPA.Config())
 
 
 def _same_document_and_causal(starts: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor:

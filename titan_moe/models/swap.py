@@ -4,14 +4,12 @@ import dataclasses
 from typing import Any
 
 from torchtitan.models.common import moe as upstream
-from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
-from torchtitan.tools.utils import device_type
 
 from titan_moe import dispatch
 from titan_moe.load_balance import attach_load_balancer
-from titan_moe.models.attention import PackedSDPA
+from titan_moe.models.attention import swap_attention
 from titan_moe.moe import GroupedExperts, MoE, RoutedExperts
 from titan_moe.parallelize import parallelize
 from titan_moe.router import TokenChoiceTopKRouter
@@ -20,8 +18,7 @@ from titan_moe.router import TokenChoiceTopKRouter
 def swap_spec(spec: ModelSpec, *, dispatcher: str, dispatcher_options: dict[str, Any]) -> ModelSpec:
     """``spec`` with our layers, parallelize and load balancer; ``spec.model`` is changed in place."""
     swap_moe(spec.model, dispatcher=dispatcher, dispatcher_options=dispatcher_options)
-    if device_type == "cpu":
-        swap_attention(spec.model)
+    swap_attention(spec.model)
     return dataclasses.replace(spec, parallelize_fn=parallelize, post_optimizer_build_fn=attach_load_balancer)
 
 
@@ -61,14 +58,6 @@ def swap_moe(
         )
         setattr(parent, attr, swapped)
     return len(found)
-
-
-def swap_attention(model: BaseModel.Config) -> None:
-    """Replaces Flex and Varlen attention, in place, by one that has a backward on CPU."""
-    for kind in (FlexAttention.Config, VarlenAttention.Config):
-        found: list[Any] = list(model.traverse(kind))
-        for _, _, parent, attr in found:
-            setattr(parent, attr, PackedSDPA.Config())
 
 
 def _refuse_own_forward(fqn: str, config: Any) -> None:

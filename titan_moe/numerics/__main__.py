@@ -1,8 +1,8 @@
 """``python -m titan_moe.numerics compare BASE CANDIDATE``: are two runs the same, and if not, where and why.
 
-BASE and CANDIDATE are configurations, CONFIG.toml or CONFIG.toml@RANKS, or dump folders of runs that were
-made with --numerics.capture. What follows ``--`` goes to both runs. Exit status: 0 within tolerance,
-1 beyond, 2 for a wrong call or a run that failed.
+BASE and CANDIDATE are configurations, "CONFIG.toml[@RANKS] [--section.key=value ...]", or dump folders of
+runs that were made with --numerics.capture. What follows ``--`` goes to both runs. Exit status: 0 within
+tolerance, 1 beyond, 2 for a wrong call or a run that failed.
 """
 
 import argparse
@@ -11,80 +11,85 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_moe.numerics import report
-from titan_moe.numerics.compare import Comparison, Tolerance, compare
+from titan_moe.numerics import page, report
+from titan_moe.numerics.compare import born_inside, compare
 from titan_moe.numerics.load import Captured, CaptureError
-from titan_moe.numerics.runs import Run, RunError
+from titan_moe.numerics.progress import Progress
+from titan_moe.numerics.report import Report
+from titan_moe.numerics.runs import STOCK, RunError, Runs, Side
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit status."""
     own, overrides = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = _parser().parse_args(own)
-    tolerance = Tolerance(loss=args.rtol, module=args.module_rtol)
     out = Path(args.out or tempfile.mkdtemp(prefix="numerics-"))
     try:
-        free, replayed = _compare(args, out, list(overrides), tolerance)
+        found = _compare(args, out, list(overrides))
     except (RunError, CaptureError) as error:
         print(f"titan_moe: {error}", file=sys.stderr)
         return 2
-    about = {"baseline": args.base, "candidate": args.candidate, "overrides": " ".join(overrides) or "none"}
     out.mkdir(parents=True, exist_ok=True)
-    report.write_json(out / "report.json", free, replayed, about)
-    report.write_html(out / "report.html", free, replayed, about)
-    print(report.console(free, replayed, base="baseline", candidate="candidate"))
+    report.write_json(out / "report.json", found)
+    page.write(out / "report.html", found)
+    print(report.console(found))
     print(f"report: {out / 'report.html'}")
-    return 0 if free.bitwise or not free.problems else 1
+    return 1 if found.free.problems else 0
 
 
-def _compare(
-    args: argparse.Namespace, out: Path, overrides: list[str], tolerance: Tolerance
-) -> tuple[Comparison, Comparison | None]:
+def _compare(args: argparse.Namespace, out: Path, overrides: list[str]) -> Report:
+    tolerances = {"rtol": args.rtol, "module_rtol": args.module_rtol}
+    about = {"baseline": args.base, "candidate": args.candidate, "overrides": " ".join(overrides) or "none"}
     if Path(args.base).is_dir() and Path(args.candidate).is_dir():
-        return compare(Captured(Path(args.base)), Captured(Path(args.candidate)), tolerance), None
-    base = Run.of("baseline", args.base, out, overrides)
-    candidate = Run.of("candidate", args.candidate, out, overrides)
-    _progress("seed checkpoint")
-    start = [
-        "--checkpoint.enable",
-        f"--checkpoint.initial_load_path={base.seed(_progress).resolve()}",
-        "--checkpoint.interval=1000000",
-        "--numerics.capture",
-    ]
+        if args.stock or args.replay_routing:
+            raise RunError("--stock and --replay-routing make runs: give configurations, not folders")
+        first, second = (Captured(Path(folder)) for folder in (args.base, args.candidate))
+        return Report(about=about, free=compare(first, second, **tolerances))
+    if args.stock and args.replay_routing:
+        raise RunError("--replay-routing with --stock: torchtitan's router takes no routes; leave one out")
+    base, candidate = Side.of(args.base), Side.of(args.candidate)
+    if args.stock:
+        candidate = candidate.but(STOCK)
+        about["candidate"] += " with torchtitan's own MoE"
     trace = f"--routing_replay.path={(out / 'trace').resolve()}"
-    recording = ["--routing_replay.mode=record", trace] if args.replay_routing else []
-    first = Captured(base.start(*start, *recording, steps=args.steps, progress=_progress))
-    second = Captured(candidate.start(*start, steps=args.steps, progress=_progress))
-    replayed = None
-    if args.replay_routing:
-        again = Run.of("replayed", args.candidate, out, overrides)
-        third = again.start(
-            *start, "--routing_replay.mode=replay", trace, steps=args.steps, progress=_progress
-        )
-        replayed = compare(first, Captured(third), tolerance)
-    _progress("")
-    return compare(first, second, tolerance), replayed
-
-
-def _progress(line: str) -> None:
-    """One line that is written over."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
+    with Progress() as progress:
+        runs = Runs(out, steps=args.steps, overrides=overrides, progress=progress)
+        recording = ["--routing_replay.mode=record", trace] if args.replay_routing else []
+        first = runs.captured("baseline", base, *recording)
+        second = runs.captured("candidate", candidate)
+        fed = ("--training.steps=1", f"--numerics.inputs_of={first.folder}")
+        born = born_inside(first, runs.captured("forced", candidate, *fed))
+        found = Report(about=about, free=compare(first, second, **tolerances), born=born)
+        if args.replay_routing:
+            third = runs.captured("replayed", candidate, "--routing_replay.mode=replay", trace)
+            found.replayed, found.routing = compare(first, third, **tolerances), compare(third, second)
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m titan_moe.numerics", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m titan_moe.numerics",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("compare", help="two configurations, or two dump folders")
     command.add_argument("base")
     command.add_argument("candidate")
-    command.add_argument("--steps", type=int, default=10, help="of both runs (10)")
-    command.add_argument("--replay-routing", action="store_true", help="a third run, on BASE's routes")
-    command.add_argument("--rtol", type=float, default=1e-4, help="of the losses after the first (1e-4)")
-    command.add_argument("--module-rtol", type=float, default=1e-5, help="of modules' outputs, step 1 (1e-5)")
+    command.add_argument("--steps", type=_positive, default=10, help="of both runs (10)")
+    command.add_argument("--stock", action="store_true", help="torchtitan's own MoE in CANDIDATE's place")
+    command.add_argument("--replay-routing", action="store_true", help="a further run, on BASE's routes")
+    command.add_argument("--rtol", type=float, help="of losses after the first (fp32: 1e-4, bf16: 1e-3)")
+    command.add_argument("--module-rtol", type=float, help="of modules, step 1 (fp32: 1e-5, bf16: 1e-2)")
     command.add_argument("--out", help="folder for runs and report (a temporary one)")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a number of steps")
+    return number
 
 
 if __name__ == "__main__":

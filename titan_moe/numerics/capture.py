@@ -1,7 +1,9 @@
 """What a run writes down: tokens' features of every module, routes with their margins, gradients.
 
-``numerics`` in the dump folder: ``manifest.json``, ``step-000001.rank-0000.safetensors`` (features by module
-and global token index) and, from rank 0, ``gradients-000001.safetensors``. Losses are in metrics.jsonl.
+``numerics`` in the dump folder: ``manifest.json``; of every step ``step-000001.rank-0000.safetensors``
+(features by module and global token index) and a line of ``gradient_norms.jsonl``; of the first steps
+``inputs-000001.rank-0000.safetensors`` (the rows that sublayers were given) and, from rank 0,
+``gradients-000001.safetensors``. Losses and learning rates are in metrics.jsonl.
 """
 
 import json
@@ -15,15 +17,19 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torchtitan.models.common.moe import TokenChoiceTopKRouter as StockRouter
 
 from titan_moe.load_balance import is_recomputing
+from titan_moe.names import plain_modules, plain_name
 from titan_moe.numerics.features import features, local_tokens
+from titan_moe.numerics.load import FORMAT, Captured
 from titan_moe.numerics.section import Numerics
+from titan_moe.numerics.sublayers import Inputs
 from titan_moe.replay.regions import unseen_by_selective_ac
 from titan_moe.replay.slots import Microbatch, Slot
-from titan_moe.router import Choice, Query
+from titan_moe.router import Choice, Query, TokenChoiceTopKRouter
 
-FORMAT = 1
+Columns = dict[str, list[torch.Tensor]]  # by "module|what|column": one tensor per microbatch
 
 
 class Capture:
@@ -33,44 +39,100 @@ class Capture:
     """
 
     def __init__(
-        self, section: Numerics, model_parts: list[nn.Module], *, seq_len: int, dump_folder: str
+        self,
+        section: Numerics,
+        model_parts: list[nn.Module],
+        *,
+        seq_len: int,
+        sequences: int,
+        dtype: str,
+        dump_folder: str,
     ) -> None:
+        """``sequences`` in a step, and the ``dtype`` of parameters in a forward, are for the manifest."""
         self.folder = Path(dump_folder) / "numerics"
-        self.gradient_steps, self.seq_len = section.gradient_steps, seq_len
+        self.whole_steps, self.seq_len = section.whole_steps, seq_len
+        self.about = {"format": FORMAT, "seq_len": seq_len, "sequences": sequences, "dtype": dtype}
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.model_parts = model_parts
         self.microbatch: Microbatch | None = None
         self.modules: list[str] = []  # in the order of their first forward
         self.steps: list[int] = []
-        self._parts: dict[str, list[torch.Tensor]] = {}
+        self._features: Columns = {}
+        self._rows: Columns = {}
+        self.inputs = Inputs(model_parts, self._running, seq_len=seq_len, save=self._keep_rows)
+        if section.inputs_of is not None:
+            self.inputs.instead = Captured(Path(section.inputs_of)).inputs()
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for old in (*self.folder.glob("*.safetensors"), self.folder / "manifest.json"):
-                old.unlink(missing_ok=True)
+            self._clear()
         for part in model_parts:
-            for name, module in part.named_modules():
-                if plain := plain_name(name):
-                    module.register_forward_hook(lambda _m, _a, out, n=plain: self._seen(n, out))
+            self._watch(part)
+
+    def _clear(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.json*")):
+            old.unlink(missing_ok=True)
+
+    def _watch(self, part: nn.Module) -> None:
+        for name, module in plain_modules(part).items():
+            if isinstance(module, StockRouter) and not isinstance(module, TokenChoiceTopKRouter):
+                module.register_forward_hook(
+                    lambda m, args, out, n=name: self._stock_route(n, args[1], out, m.top_k)
+                )
+            else:
+                module.register_forward_hook(lambda _m, _a, out, n=name: self._seen(n, out))
 
     @contextmanager
-    def during(self, microbatch: Microbatch) -> Iterator[None]:
+    def during(self, microbatch: Microbatch, step: int) -> Iterator[None]:
         """Forwards and backwards in here are written down."""
         self.microbatch = microbatch
+        self.inputs.saving = step <= self.whole_steps
         try:
             yield
         finally:
             self.microbatch = None
 
+    def _running(self) -> torch.Tensor | None:
+        return None if self.microbatch is None else self.microbatch.tokens_P
+
     def chosen(self, slot: Slot, microbatch: Microbatch, choice: Choice, query: Query) -> None:
-        """Ids, and the margin between the K-th and the next score of the router's own ranking."""
+        """A replay's Observer: our routers' choices."""
         assert query.layout is not None, "MoE gives its router a layout"
-        top_k, num_experts = slot.shape.top_k, slot.shape.num_experts
-        best = query.ranking().topk(min(top_k + 1, num_experts), dim=1).values.double()
-        margin_T = best[:, top_k - 1] - best[:, top_k] if num_experts > top_k else best[:, 0] * 0 + torch.inf
-        tokens_T = microbatch.tokens_P.index_select(0, query.layout.global_token_indices(best.device))
-        self._keep(
-            f"{slot.layer}.router|route", tokens_T, ids=choice.ids_TK.sort(dim=1).values, margin=margin_T
+        places_T = query.layout.global_token_indices(choice.ids_TK.device)
+        self._route(
+            f"{slot.layer}.router", microbatch.tokens_P, places_T, choice.ids_TK, query.ranking().detach()
         )
+
+    def _stock_route(self, name: str, bias_E: torch.Tensor | None, out: Any, top_k: int) -> None:
+        """torchtitan's router returns weights, ids and scores of every expert, each ``(B, L, ...)``."""
+        microbatch = self.microbatch
+        if microbatch is None or is_recomputing():
+            return
+        _, ids_BLK, scores_BLE = out
+        batch_size = microbatch.tokens_P.numel() // self.seq_len
+        ids, scores = (local_tokens(x.detach(), batch_size, self.seq_len) for x in (ids_BLK, scores_BLE))
+        if ids is None or scores is None:
+            return
+        ranking_TE = scores[0] if bias_E is None else scores[0] + _local(bias_E)
+        with unseen_by_selective_ac():
+            self._route(name, microbatch.tokens_P, ids[1], ids[0], ranking_TE)
+
+    @torch.no_grad()
+    def _route(
+        self,
+        name: str,
+        tokens_P: torch.Tensor,
+        places_T: torch.Tensor,
+        ids_TK: torch.Tensor,
+        ranking_TE: torch.Tensor,
+    ) -> None:
+        """Ids, features of the scores that ranked them, and the margin between the K-th and the next one."""
+        top_k, num_experts = ids_TK.shape[1], ranking_TE.shape[1]
+        best = ranking_TE.topk(min(top_k + 1, num_experts), dim=1).values.double()
+        margin_T = best[:, top_k - 1] - best[:, top_k] if num_experts > top_k else best[:, 0] * 0 + torch.inf
+        # A limited group's -inf has no projection.
+        scores = features(torch.where(ranking_TE.isfinite(), ranking_TE, 0))
+        columns = {"ids": ids_TK.sort(dim=1).values, "margin": margin_T, "score": scores.projection_T}
+        self._keep(f"{name}|route", tokens_P.index_select(0, places_T), **columns)
 
     def _seen(self, name: str, out: Any) -> None:
         if self.microbatch is None or is_recomputing() or not isinstance(out, torch.Tensor):
@@ -96,43 +158,55 @@ class Capture:
     def _keep(self, key: str, tokens_T: torch.Tensor, **columns: torch.Tensor) -> None:
         if key not in self.modules:
             self.modules.append(key)
-        for column, tensor in {"tokens": tokens_T, **columns}.items():
-            self._parts.setdefault(f"{key}|{column}", []).append(tensor.to("cpu", copy=True))
+        _append(self._features, key, tokens=tokens_T, **columns)
 
+    def _keep_rows(self, key: str, tokens_T: torch.Tensor, *, rows: torch.Tensor) -> None:
+        with unseen_by_selective_ac():
+            _append(self._rows, key, tokens=tokens_T, rows=rows)
+
+    @torch.no_grad()
     def gradients(self, step: int) -> None:
-        """Whole gradients of the first steps, summed over microbatches; collective."""
-        if step > self.gradient_steps:
-            return
-        whole = {}
+        """Norms of all gradients, summed over microbatches; of the first steps, whole ones. Collective."""
+        whole, norms = {}, {}
         for part in self.model_parts:
             for name, parameter in part.named_parameters():
-                if parameter.grad is not None:
-                    grad = parameter.grad
-                    grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
-                    whole[plain_name(name)] = grad.detach().float().cpu().contiguous().clone()
+                grad = parameter.grad
+                if grad is None:
+                    continue
+                norms[plain_name(name)] = float(_whole(grad.double().norm()))
+                if step <= self.whole_steps:
+                    whole[plain_name(name)] = _whole(grad).float().cpu().contiguous().clone()
         if self.rank == 0:
-            save_file(whole, self.folder / f"gradients-{step:06}.safetensors")
+            with (self.folder / "gradient_norms.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "norms": norms}) + "\n")
+            if whole:
+                save_file(whole, self.folder / f"gradients-{step:06}.safetensors")
 
     def end_step(self, step: int) -> None:
         """Writes the step."""
-        tensors = {key: torch.cat(parts) for key, parts in self._parts.items()}
-        save_file(tensors, self.folder / f"step-{step:06}.rank-{self.rank:04}.safetensors")
-        self._parts = {}
+        self._save(f"step-{step:06}", self._features)
+        if self._rows:
+            self._save(f"inputs-{step:06}", self._rows)
+        self._features, self._rows = {}, {}
         self.steps.append(step)
         if self.rank == 0:
             ranks = dist.get_world_size() if dist.is_initialized() else 1
-            manifest = {
-                "format": FORMAT,
-                "ranks": ranks,
-                "seq_len": self.seq_len,
-                "steps": self.steps,
-                "modules": self.modules,
-            }
+            manifest = self.about | {"ranks": ranks, "steps": self.steps, "modules": self.modules}
             (self.folder / "manifest.json").write_text(json.dumps(manifest))
 
+    def _save(self, name: str, columns: Columns) -> None:
+        tensors = {key: torch.cat(parts) for key, parts in columns.items()}
+        save_file(tensors, self.folder / f"{name}.rank-{self.rank:04}.safetensors")
 
-def plain_name(name: str) -> str:
-    """A module's or parameter's name without wrappers."""
-    for wrapper in ("_checkpoint_wrapped_module", "_orig_mod"):
-        name = name.replace(f"{wrapper}.", "").removesuffix(wrapper).removesuffix(".")
-    return name
+
+def _append(kept: Columns, key: str, **columns: torch.Tensor) -> None:
+    for column, tensor in columns.items():
+        kept.setdefault(f"{key}|{column}", []).append(tensor.to("cpu", copy=True))
+
+
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _local(x: torch.Tensor) -> torch.Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -2,68 +2,40 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from titan_moe.numerics.differences import (
+    Flips,
+    ModuleDifference,
+    compare_modules,
+    compare_routes,
+    only_sublayers,
+)
 from titan_moe.numerics.load import Captured, CaptureError
-
-NEAR_TIE = 1e-3  # of the router's scores: a route that flips at a smaller margin is rounding
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tolerance:
-    """What is still the same. ``module`` is of a module's output, ``gradient`` of a gradient's norm."""
-
-    first_loss: float = 1e-6
-    loss: float = 1e-4
-    gradient: float = 1e-5
-    module: float = 1e-5
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModuleDifference:
-    """One module at one step.
-
-    Attributes:
-        relative: root mean square of the tokens' differences over that of their norms.
-        differing: tokens whose bits differ.
-        first_token: the first of them, -1 without.
-        worst_token: the one that is farthest off.
-    """
-
-    step: int
-    module: str
-    relative: float
-    tokens: int
-    differing: int
-    first_token: int
-    worst_token: int
-    missing: int = 0  # tokens that only one run has
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flips:
-    """Tokens of a layer and step whose set of experts differs."""
-
-    step: int
-    layer: str
-    tokens: int
-    flipped: int
-    suspicious: int  # of them, at a margin that rounding does not explain
-    first_token: int
+from titan_moe.numerics.tolerance import Tolerance
 
 
 @dataclass(kw_only=True)
 class Comparison:
-    """Everything that was found."""
+    """Everything that was found.
 
-    losses: list[tuple[int, float, float]] = field(default_factory=list)  # step, baseline, candidate
+    Attributes:
+        losses, grad_norms, rates: by step: baseline's, candidate's.
+        gradients: of the first step, by parameter: difference over norm, ratio of norms.
+        gradient_norms: by parameter, by step: ratio of norms.
+        modules: by step, then forward order, then backward order.
+    """
+
+    tolerance: Tolerance
+    dtype: str
+    losses: list[tuple[int, float, float]] = field(default_factory=list)
     grad_norms: list[tuple[int, float, float]] = field(default_factory=list)
-    gradients: dict[str, tuple[float, float]] = field(default_factory=dict)  # relative difference, norm ratio
+    rates: list[tuple[int, list[float], list[float]]] = field(default_factory=list)
+    gradients: dict[str, tuple[float, float]] = field(default_factory=dict)
+    gradient_norms: dict[str, dict[int, float]] = field(default_factory=dict)
     modules: list[ModuleDifference] = field(default_factory=list)
     flips: list[Flips] = field(default_factory=list)
-    tolerance: Tolerance = field(default_factory=Tolerance)
 
     @property
     def bitwise(self) -> bool:
@@ -74,45 +46,77 @@ class Comparison:
         return same and gradients and modules and not any(flips.flipped for flips in self.flips)
 
     @property
-    def problems(self) -> list[str]:
-        """What is beyond tolerance, first things first."""
-        found = []
-        for step, base, candidate in self.losses:
-            limit = self.tolerance.first_loss if step == self.losses[0][0] else self.tolerance.loss
-            if not relative(base, candidate) <= limit:
-                found.append(f"loss at step {step}: {base:.6g} and {candidate:.6g}")
-                break
-        wrong = {n: d for n, (d, _) in self.gradients.items() if not d <= self.tolerance.gradient}
-        if wrong:
-            worst = max(wrong, key=lambda name: wrong[name])
-            ratio = self.gradients[worst][1]
-            found.append(f"gradient of {worst}: {wrong[worst]:.2g} of its norm, norm ratio {ratio:.4g}")
-        if (place := self.first_module) is not None:
-            token = place.first_token if place.missing else place.worst_token
-            found.append(f"{place.module} at step {place.step}, token {token}: {place.relative:.2g}")
-        suspicious = next((flips for flips in self.flips if flips.suspicious), None)
-        if suspicious is not None:
-            found.append(
-                f"{suspicious.layer} at step {suspicious.step} routes {suspicious.suspicious} tokens away "
-                f"against a clear margin, the first of {suspicious.flipped} is token {suspicious.first_token}"
-            )
-        return found
+    def worst_loss(self) -> float:
+        """The largest relative difference of a loss."""
+        return max((relative(a, b) for _, a, b in self.losses), default=0.0)
 
     @property
-    def first_module(self) -> ModuleDifference | None:
-        """In the first step, the first module in forward order that is beyond tolerance."""
-        steps = sorted({m.step for m in self.modules})
-        here = [m for m in self.modules if steps and m.step == steps[0]]
+    def first_difference(self) -> ModuleDifference | None:
+        """The first module, of the first step that has one, whose bits differ anywhere."""
+        return next((m for m in self.modules if m.differing or m.missing), None)
+
+    @property
+    def first_beyond(self) -> ModuleDifference | None:
+        """In the first step, the first module that is beyond tolerance: later steps carry on what it did."""
+        steps = {m.step for m in self.modules}
+        here = [m for m in self.modules if m.step == min(steps)]
         return next((m for m in here if m.missing or not m.relative <= self.tolerance.module), None)
+
+    @property
+    def first_flip(self) -> Flips | None:
+        """The first layer, of the first step that has one, where a token goes to other experts."""
+        return next((flips for flips in self.flips if flips.flipped), None)
+
+    @property
+    def problems(self) -> list[str]:
+        """What is beyond tolerance, causes before consequences."""
+        found = (self._rate(), self._place(), self._gradient(), self._flip(), self._loss())
+        return [problem for problem in found if problem is not None]
+
+    def _rate(self) -> str | None:
+        found = next((rate for rate in self.rates if rate[1] != rate[2]), None)
+        return None if found is None else f"learning rates at step {found[0]}: {found[1]} and {found[2]}"
+
+    def _place(self) -> str | None:
+        place = self.first_beyond
+        if place is None:
+            return None
+        missing = f", {place.missing} tokens only in one run" if place.missing else ""
+        return f"{place.module} at step {place.step} by {place.relative:.2g} ({place.beyond}){missing}"
+
+    def _gradient(self) -> str | None:
+        wrong = {n: d for n, (d, _) in self.gradients.items() if not d <= self.tolerance.gradient}
+        if not wrong:
+            return None
+        worst = max(wrong, key=lambda name: wrong[name])
+        ratio, others = self.gradients[worst][1], f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
+        return f"gradient of {worst}{others} by {wrong[worst]:.2g} of its norm, norm ratio {ratio:.4g}"
+
+    def _flip(self) -> str | None:
+        found = next((flips for flips in self.flips if flips.suspicious), None)
+        if found is None:
+            return None
+        return (
+            f"{found.layer} at step {found.step} sends {found.suspicious} of {found.tokens} tokens to other "
+            f"experts against a clear margin, first token {found.first_suspicious}"
+        )
+
+    def _loss(self) -> str | None:
+        for step, base, candidate in self.losses:
+            first = step == self.losses[0][0]
+            if not relative(base, candidate) <= (self.tolerance.first_loss if first else self.tolerance.loss):
+                return f"loss at step {step}: {base:.6g} and {candidate:.6g}"
+        return None
 
     @property
     def verdict(self) -> str:
         """One sentence."""
+        steps = f"{len(self.losses)} step{'s' if len(self.losses) != 1 else ''}"
         if self.bitwise:
-            return f"bitwise equal over {len(self.losses)} steps"
+            return f"bitwise equal over {steps}"
         if not self.problems:
-            worst = max((relative(a, b) for _, a, b in self.losses), default=0.0)
-            return f"within tolerance over {len(self.losses)} steps: losses differ by {worst:.2g} at most"
+            worst = f"losses differ by {self.worst_loss:.2g} at most"
+            return f"within {self.dtype} tolerance over {steps}: {worst}"
         return f"different: {'; '.join(self.problems)}"
 
 
@@ -123,81 +127,102 @@ def relative(base: float, candidate: float) -> float:
     return abs(base - candidate) / max(abs(base), 1e-30)
 
 
-def compare(base: Captured, candidate: Captured, tolerance: Tolerance) -> Comparison:
-    """Raises CaptureError where the two cannot be laid side by side."""
-    found = Comparison(tolerance=tolerance)
-    ours = {record["step"]: record for record in candidate.records}
+def compare(
+    base: Captured, candidate: Captured, *, rtol: float | None = None, module_rtol: float | None = None
+) -> Comparison:
+    """Tolerances are those of the runs' dtype but for what is given.
+
+    Raises:
+        CaptureError: the two cannot be laid side by side.
+    """
+    _refuse_other_data(base, candidate)
+    dtypes = [run.manifest["dtype"] for run in (base, candidate)]
+    dtype = next((dtype for dtype in dtypes if dtype != "float32"), "float32")  # the coarser
+    found = Comparison(tolerance=Tolerance.of(dtype, loss=rtol, module=module_rtol), dtype=dtype)
+    theirs = {record["step"]: record for record in candidate.records}
     for record in base.records:
-        if (other := ours.get(record["step"])) is not None:
-            found.losses.append((record["step"], record["loss"], other["loss"]))
-            found.grad_norms.append((record["step"], record["grad_norm"], other["grad_norm"]))
-    if not found.losses:
+        step = record["step"]
+        if (other := theirs.get(step)) is not None:
+            found.losses.append((step, record["loss"], other["loss"]))
+            found.grad_norms.append((step, record["grad_norm"], other["grad_norm"]))
+            found.rates.append((step, list(record["lr"].values()), list(other["lr"].values())))
+    shared = [step for step in base.manifest["steps"] if step in candidate.manifest["steps"]]
+    if not found.losses or not shared:
         raise CaptureError(f"{base.folder} and {candidate.folder} share no step")
-    for step in base.manifest["steps"]:
-        if step in candidate.manifest["steps"]:
-            _compare_step(found, step, base, candidate)
-            _compare_gradients(found, base.gradients(step), candidate.gradients(step))
+    for step in shared:
+        _compare_step(found, step, base, candidate)
+    _compare_norms(found, shared, base, candidate)
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Born:
+    """What differs in the first step though every sublayer is fed with what it was given in the other run.
+
+    Attributes:
+        sublayers: their outputs.
+        flipped: tokens that a router sends to other experts, at equal inputs; summed over layers.
+    """
+
+    sublayers: list[ModuleDifference]
+    flipped: int
+
+    @property
+    def share_of_moe(self) -> float:
+        """The MoE layers' part of the sum of mean squares, all sublayers counted; 0 where nothing differs."""
+        squares = {m.module: m.absolute**2 for m in self.sublayers}
+        whole = sum(squares.values())
+        return sum(v for name, v in squares.items() if name.endswith(".moe")) / whole if whole else 0.0
+
+
+def born_inside(base: Captured, forced: Captured) -> Born:
+    """``forced`` ran with ``numerics.inputs_of`` set to ``base``."""
+    order, step = base.manifest["modules"], base.manifest["steps"][0]
+    left, right, tolerance = base.step(step), forced.step(step), Tolerance.of(forced.manifest["dtype"])
+    flips = compare_routes(step, order, left, right, tolerance)
+    modules = compare_modules(
+        step, order, left, right, tolerance, seq_len=base.manifest["seq_len"], flips=flips
+    )
+    return Born(sublayers=only_sublayers(modules), flipped=sum(f.flipped for f in flips))
+
+
+def _refuse_other_data(base: Captured, candidate: Captured) -> None:
+    sizes = [(run.manifest["sequences"], run.manifest["seq_len"]) for run in (base, candidate)]
+    if sizes[0] != sizes[1]:
+        (n, length), (other_n, other_length) = sizes
+        raise CaptureError(
+            f"{base.folder} takes {n} sequences of {length} tokens a step, {candidate.folder} {other_n} of "
+            f"{other_length}: other data; set training.global_batch_size and training.seq_len alike"
+        )
+
+
 def _compare_step(found: Comparison, step: int, base: Captured, candidate: Captured) -> None:
+    order, seq_len = base.manifest["modules"], base.manifest["seq_len"]
     left, right = base.step(step), candidate.step(step)
-    for key in base.manifest["modules"]:
-        if key not in left or key not in right:
-            continue
-        both, missing = _side_by_side(left[key], right[key])
-        if key.endswith("|route"):
-            found.flips.append(_flips(step, key.removesuffix("|route"), both))
-        else:
-            found.modules.append(_module(step, key, both, missing))
-
-
-def _side_by_side(left: Any, right: Any) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], int]:
-    """Columns of the tokens that both have, and how many only one has."""
-    mine, theirs = left["tokens"], right["tokens"]
-    if torch.equal(mine, theirs):
-        return {name: (left[name], right[name]) for name in left}, 0
-    in_left, in_right = torch.isin(mine, theirs), torch.isin(theirs, mine)
-    missing = int((~in_left).sum() + (~in_right).sum())
-    return {name: (left[name][in_left], right[name][in_right]) for name in left}, missing
-
-
-def _module(step: int, key: str, both: Any, missing: int) -> ModuleDifference:
-    tokens = both["tokens"][0]
-    differs = both["bits_T"][0] != both["bits_T"][1]
-    off = (both["projection_T"][0] - both["projection_T"][1]).square()
-    scale = both["norm_T"][0].square().mean().clamp_min(1e-60) if len(tokens) else torch.tensor(1.0)
-    return ModuleDifference(
-        step=step,
-        module=key.replace("|out", "").replace("|grad", " (gradient)"),
-        relative=float((off.mean() / scale).sqrt()) if len(tokens) else 0.0,
-        tokens=len(tokens),
-        differing=int(differs.sum()),
-        first_token=int(tokens[differs.int().argmax()]) if differs.any() else -1,
-        worst_token=int(tokens[off.argmax()]) if differs.any() else -1,
-        missing=missing,
-    )
-
-
-def _flips(step: int, layer: str, both: Any) -> Flips:
-    tokens = both["tokens"][0]
-    flipped = (both["ids"][0] != both["ids"][1]).any(1)
-    clear = torch.minimum(*both["margin"]) > NEAR_TIE
-    return Flips(
-        step=step,
-        layer=layer,
-        tokens=len(tokens),
-        flipped=int(flipped.sum()),
-        suspicious=int((flipped & clear).sum()),
-        first_token=int(tokens[flipped.int().argmax()]) if flipped.any() else -1,
-    )
+    flips = compare_routes(step, order, left, right, found.tolerance)
+    found.flips += flips
+    found.modules += compare_modules(step, order, left, right, found.tolerance, seq_len=seq_len, flips=flips)
+    if not found.gradients:
+        found.gradients = _compare_gradients(base.gradients(step), candidate.gradients(step))
 
 
 def _compare_gradients(
-    found: Comparison, left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]
-) -> None:
-    for name in left.keys() & right.keys():
+    left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]
+) -> dict[str, tuple[float, float]]:
+    found = {}
+    for name in sorted(left.keys() | right.keys()):
+        if name not in left or name not in right:
+            found[name] = (math.inf, math.inf if name in right else 0.0)  # a gradient of nothing
+            continue
         norm = left[name].double().norm()
         off = (left[name].double() - right[name].double()).norm()
         floor = norm.clamp_min(1e-30)
-        found.gradients[name] = (float(off / floor), float(right[name].double().norm() / floor))
+        found[name] = (float(off / floor), float(right[name].double().norm() / floor) if off else 1.0)
+    return found
+
+
+def _compare_norms(found: Comparison, steps: list[int], base: Captured, candidate: Captured) -> None:
+    for step in steps:
+        mine, theirs = base.gradient_norms[step], candidate.gradient_norms[step]
+        for name in mine.keys() & theirs.keys():
+            found.gradient_norms.setdefault(name, {})[step] = theirs[name] / max(mine[name], 1e-30)

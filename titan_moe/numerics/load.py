@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from titan_moe.numerics.capture import FORMAT
+FORMAT = 2  # of the folder that Capture writes
 
 
 class CaptureError(ValueError):
@@ -53,20 +53,37 @@ class Captured:
     def step(self, step: int) -> dict[str, dict[str, torch.Tensor]]:
         """By module key (``layers.1.moe|out``): columns of all tokens, ordered by global token index.
 
-        Tokens that several ranks hold (replicas) are taken once, and must agree to be one row: the first
-        rank's counts, and column ``replicas_differ`` says where another's bits are not the same.
+        A token that several ranks hold (replicas) is taken from the first of them.
         """
-        pieces: dict[str, dict[str, list[torch.Tensor]]] = {}
-        for rank in range(self.manifest["ranks"]):
-            for name, tensor in self._load(f"step-{step:06}.rank-{rank:04}.safetensors").items():
-                key, column = name.rsplit("|", 1)
-                pieces.setdefault(key, {}).setdefault(column, []).append(tensor)
-        return {key: _once({c: torch.cat(t) for c, t in columns.items()}) for key, columns in pieces.items()}
+        return self._of_all_ranks(f"step-{step:06}")
+
+    def inputs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Of the first step, by sublayer (``layers.1.moe``): tokens, ascending, and the rows it was given."""
+        found = self._of_all_ranks(f"inputs-{self.manifest['steps'][0]:06}")
+        return {key.removesuffix("|in"): (saved["tokens"], saved["rows"]) for key, saved in found.items()}
 
     def gradients(self, step: int) -> dict[str, torch.Tensor]:
         """Whole gradients by parameter; empty where they were not saved."""
         name = f"gradients-{step:06}.safetensors"
         return self._load(name) if (self.folder / "numerics" / name).exists() else {}
+
+    @cached_property
+    def gradient_norms(self) -> dict[int, dict[str, float]]:
+        """By step and parameter."""
+        file = self.folder / "numerics" / "gradient_norms.jsonl"
+        try:
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            return {line["step"]: line["norms"] for line in lines}
+        except (OSError, ValueError, KeyError) as error:
+            raise CaptureError(f"{file}: truncated or missing: {error}") from None
+
+    def _of_all_ranks(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
+        pieces: dict[str, dict[str, list[torch.Tensor]]] = {}
+        for rank in range(self.manifest["ranks"]):
+            for key_and_column, tensor in self._load(f"{name}.rank-{rank:04}.safetensors").items():
+                key, column = key_and_column.rsplit("|", 1)
+                pieces.setdefault(key, {}).setdefault(column, []).append(tensor)
+        return {key: _once({c: torch.cat(t) for c, t in columns.items()}) for key, columns in pieces.items()}
 
     def _load(self, name: str) -> dict[str, torch.Tensor]:
         file = self.folder / "numerics" / name

@@ -1,12 +1,16 @@
-"""Starts the runs that are compared: one seed checkpoint, then each configuration under torchrun."""
+"""Starts the runs that are compared, under torchrun, all from one seed checkpoint."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from titan_moe.numerics.load import Captured
 
 SERIAL = (
     "--parallelism.tensor_parallel_degree=1",
@@ -16,87 +20,105 @@ SERIAL = (
     "--parallelism.data_parallel_replicate_degree=1",
     "--parallelism.data_parallel_shard_degree=1",
     "--moe.dispatcher=local",
+    "--training.global_batch_size=-1",
 )
+STOCK = "--model.moe=torchtitan"
 
 
 class RunError(RuntimeError):
     """A run that did not finish; names its log."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A configuration on a number of ranks."""
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared: a configuration, on a number of ranks."""
 
-    name: str
     config: Path
     ranks: int
-    folder: Path
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...]
 
     @classmethod
-    def of(cls, name: str, text: str, folder: Path, overrides: Sequence[str]) -> "Run":
-        """``CONFIG.toml`` or ``CONFIG.toml@RANKS``; without, as many as NGPU says, else 4."""
-        path, _, ranks = text.partition("@")
-        if ranks and not ranks.isdecimal():
-            raise RunError(f"{text}: the number of ranks after @ must be a positive integer")
-        number = int(ranks) if ranks else int(os.environ.get("NGPU", "4"))
+    def of(cls, text: str) -> "Side":
+        """``CONFIG.toml[@RANKS] [--section.key=value ...]``; without RANKS, as many as NGPU says, else 4."""
+        config, *overrides = shlex.split(text) or [""]
+        path, _, ranks = config.partition("@")
+        given = ranks or os.environ.get("NGPU", "4")
+        if not given.isdecimal() or int(given) == 0:
+            raise RunError(f"{text}: the number of ranks ({given}) must be a positive integer")
         if not Path(path).is_file():
             raise RunError(f"{path}: no such file")
-        return cls(
-            name=name, config=Path(path), ranks=number, folder=folder / name, overrides=tuple(overrides)
-        )
+        return cls(Path(path), int(given), tuple(overrides))
 
-    def start(self, *further: str, steps: int, progress: Callable[[str], None]) -> Path:
-        """Runs to the end; returns the dump folder. Raises RunError with the log's last words."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log = self.folder / "log.txt"
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={self.ranks}", "-m", "titan_moe.train", str(self.config)),
-            *(f"--dump_folder={self.folder}", f"--training.steps={steps}", "--metrics.log_freq=1"),
-            *("--debug.no-enable_structured_logging", *self.overrides, *further),
-        ]
-        (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
-            try:
-                while process.poll() is None:
-                    progress(f"{self.name}: step {self._steps_done()} of {steps}, {self.ranks} ranks")
-                    time.sleep(0.5)
-            finally:
-                process.kill()
-        if process.returncode:
-            raise RunError(
-                f"{self.name} failed with status {process.returncode}: {_last_words(log)} (log: {log})"
-            )
-        return self.folder
+    def but(self, *overrides: str, ranks: int | None = None) -> "Side":
+        """With further overrides, which win."""
+        return replace(self, overrides=(*self.overrides, *overrides), ranks=ranks or self.ranks)
 
-    def seed(self, progress: Callable[[str], None]) -> Path:
-        """A seed checkpoint of this configuration, made on one rank."""
-        seed = Run(
-            name="seed",
-            config=self.config,
-            ranks=1,
-            folder=self.folder.parent / "seed",
-            overrides=self.overrides,
-        )
-        seed.start(
-            *SERIAL,
+
+class Runs:
+    """Captured runs in one folder, from one start; each is made once."""
+
+    def __init__(
+        self, folder: Path, *, steps: int, overrides: list[str], progress: Callable[[str], None]
+    ) -> None:
+        """``overrides`` go to every run; ``progress`` is told a line now and then."""
+        self.folder, self.steps, self.overrides, self.progress = folder, steps, overrides, progress
+        self._made: dict[Side, Captured] = {}
+        self._start: Path | None = None
+
+    def captured(self, name: str, side: Side, *further: str) -> Captured:
+        """The run of ``side``, which is made under ``name`` unless it is there. Raises RunError."""
+        key = side.but(*further)
+        if key not in self._made:
+            if self._start is None:
+                self._start = self._seed(side)
+            given = (
+                *("--checkpoint.enable", f"--checkpoint.initial_load_path={self._start.resolve()}"),
+                *("--checkpoint.interval=1000000", '--checkpoint.exclude_from_loading=["dataloader"]'),
+                "--numerics.capture",
+            )
+            self._made[key] = Captured(self._run(name, side.but(*self.overrides, *given, *further)))
+        return self._made[key]
+
+    def _seed(self, side: Side) -> Path:
+        """A seed checkpoint of this model, made on one rank."""
+        create = (
             "--checkpoint.enable",
             "--checkpoint.create_seed_checkpoint",
             "--checkpoint.folder=checkpoint",
-            steps=1,
-            progress=progress,
         )
-        return seed.folder / "checkpoint" / "step-0"
+        serial = side.but(*self.overrides, *SERIAL, *create, ranks=1)
+        return self._run("seed", serial) / "checkpoint" / "step-0"
 
-    def _steps_done(self) -> int:
-        file = self.folder / "metrics.jsonl"
-        return len(file.read_text().splitlines()) if file.exists() else 0
+    def _run(self, name: str, side: Side) -> Path:
+        """Runs to the end; returns the dump folder. Raises RunError with the log's last words."""
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        log, metrics = folder / "log.txt", folder / "metrics.jsonl"
+        metrics.unlink(missing_ok=True)
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc_per_node={side.ranks}", "-m", "titan_moe.train", str(side.config)),
+            *(f"--dump_folder={folder}", f"--training.steps={self.steps}", "--metrics.log_freq=1"),
+            *("--debug.no-enable_structured_logging", *side.overrides),
+        ]
+        with log.open("w") as file:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            try:
+                while process.poll() is None:
+                    done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+                    self.progress(f"{name}: {side.ranks} ranks, step {done} of {self.steps}")
+                    time.sleep(0.5)
+            finally:
+                process.terminate()
+                process.wait()
+        if process.returncode:
+            raise RunError(f"{name} failed with status {process.returncode}: {_last_words(log)} (log: {log})")
+        return folder
 
 
 def _last_words(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if "Error" in line]
-    return lines[-1] if lines else "no error in its log"
+    lines = log.read_text(errors="replace").splitlines()
+    ours = [line.removeprefix("titan_moe: ") for line in lines if line.startswith("titan_moe: ")]
+    raised = [line for line in lines if re.match(r"(\[rank\d+\]:? *)?[\w.]*(Error|Exception)\b", line)]
+    return (ours + raised + ["no error in its log"])[0]

@@ -4,7 +4,6 @@ Bound by a walk over the live model. A slot keeps nothing: what belongs to a mic
 what belongs to a checkpointed forward in its Region.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +15,10 @@ from torch import nn
 
 from titan_moe.dispatch.base import DispatchMetadata
 from titan_moe.load_balance import is_recomputing
+from titan_moe.names import plain_name
 from titan_moe.replay.ids import LayerShape, balanced_ranking, fill_missing
 from titan_moe.replay.regions import Regions
 from titan_moe.router import Choice, Query, TokenChoiceTopKRouter
-
-_WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\.")
 
 
 class Installed(NamedTuple):
@@ -105,7 +103,7 @@ class Slot:
 def bind_slots(model: nn.Module, regions: Regions) -> list[Slot]:
     """A slot for every router of ``model``, in the order of its layers."""
     return [
-        Slot(_WRAPPERS.sub("", name).removesuffix(".router"), module, regions)
+        Slot(plain_name(name).removesuffix(".router"), module, regions)
         for name, module in model.named_modules()
         if isinstance(module, TokenChoiceTopKRouter)
     ]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from titan_moe.names import plain_name
 from titan_moe.replay.check import Gates, ReplayCheck, ReplayCheckError
 from titan_moe.replay.ids import LayerShape, ReplayDataError
 from titan_moe.replay.section import RoutingReplay
@@ -30,6 +31,11 @@ class Place(NamedTuple):
     ep_size: int
     replica: bool  # another TP rank routes the same tokens
     mesh: str
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Of all ranks."""
+        return self.dp_size * self.local_batch_size * self.accumulation
 
     def sequences(self, microbatch: int) -> torch.Tensor:
         """``(B,)`` int64: the numbers, in the step, of a microbatch's sequences; the loader's order."""
@@ -152,7 +158,7 @@ class TrainingReplay:
             model=self.model,
             layers=Header.layers_of(shapes),
             seq_len=self.place.seq_len,
-            sequences_per_step=self.place.dp_size * self.place.local_batch_size * self.place.accumulation,
+            sequences_per_step=self.place.sequences_per_step,
             weights=fingerprint(self.model_parts),
             first_step=step,
         )
@@ -186,5 +192,5 @@ def fingerprint(model_parts: list[nn.Module]) -> str:
         if isinstance(parameter, DTensor):
             parts = [Replicate() if place.is_replicate() else Partial() for place in parameter.placements]
             total = DTensor.from_local(total, parameter.device_mesh, parts, run_check=False).full_tensor()
-        digest.update(f"{name.replace('_checkpoint_wrapped_module.', '')}={int(total)};".encode())
+        digest.update(f"{plain_name(name)}={int(total)};".encode())
     return digest.hexdigest()[:16]

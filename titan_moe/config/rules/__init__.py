@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from titan_moe.config.build import Plan
 from titan_moe.config.errors import ConfigError
-from titan_moe.config.rules import experts, mesh, replay, run
+from titan_moe.config.rules import experts, mesh, numerics, replay, run, stock
 from titan_moe.config.rules.facts import Broken, Facts
 from titan_moe.config.toml import Settings
 
@@ -15,6 +15,8 @@ RULES: tuple[Callable[[Facts], None], ...] = (
     *experts.RULES,
     *run.RULES,
     *replay.RULES,
+    *stock.RULES,
+    *numerics.RULES,
 )
 
 

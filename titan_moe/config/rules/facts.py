@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.models.common import moe as upstream
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
@@ -12,7 +13,6 @@ from torchtitan.trainer import Trainer
 from titan_moe import dispatch
 from titan_moe.config.build import Plan, moe_layers
 from titan_moe.dispatch.base import TokenDispatcher
-from titan_moe.moe import MoE
 
 
 class Broken(Exception):
@@ -52,9 +52,14 @@ class Facts:
         return f"model.flavor {self.plan.model.name}/{self.plan.model.flavor}"
 
     @cached_property
-    def moe_layers(self) -> list[tuple[str, MoE.Config]]:
+    def moe_layers(self) -> list[tuple[str, upstream.MoE.Config]]:
         """(name, config) of every MoE layer."""
         return moe_layers(self.plan.spec)
+
+    @property
+    def stock(self) -> bool:
+        """Whether torchtitan's own MoE layer runs."""
+        return self.plan.model.moe == "torchtitan"
 
     @cached_property
     def dispatcher(self) -> type[TokenDispatcher]:
