@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_moe.numerics import page, report
+from titan_moe.numerics import page, report, table
 from titan_moe.numerics.compare import born_inside, compare
 from titan_moe.numerics.load import Captured, CaptureError
 from titan_moe.numerics.progress import Progress
@@ -23,6 +23,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit status."""
     own, overrides = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = _parser().parse_args(own)
+    if args.command == "table":
+        return _table(args)
     out = Path(args.out or tempfile.mkdtemp(prefix="numerics-"))
     try:
         found = _compare(args, out, list(overrides))
@@ -35,6 +37,15 @@ def main(argv: Sequence[str]) -> int:
     print(report.console(found))
     print(f"report: {out / 'report.html'}")
     return 1 if found.free.problems else 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="numerics-") as folder, Progress() as progress:
+        runs = Runs(Path(folder), steps=table.STEPS, overrides=[], progress=progress)
+        last = ""
+        for last in table.write(runs, args.lines or set(table.numbered())):
+            print(last, flush=True)
+    return 0 if last.endswith(": nothing") else 1
 
 
 def _compare(args: argparse.Namespace, out: Path, overrides: list[str]) -> Report:
@@ -82,7 +93,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rtol", type=float, help="of losses after the first (fp32: 1e-4, bf16: 1e-3)")
     command.add_argument("--module-rtol", type=float, help="of modules, step 1 (fp32: 1e-5, bf16: 1e-2)")
     command.add_argument("--out", help="folder for runs and report (a temporary one)")
+    lines = commands.add_parser("table", help="what we hold, every mesh and dispatcher; an hour on 2 cores")
+    lines.add_argument("--lines", type=_numbers, help="only these, by their numbers: 3,5-7")
     return parser
+
+
+def _numbers(text: str) -> set[int]:
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise argparse.ArgumentTypeError(f"{part!r} is neither a number nor a range such as 5-7")
+        found |= set(range(int(first), int(last or first) + 1))
+    if unknown := found - table.numbered().keys():
+        raise argparse.ArgumentTypeError(f"there are lines 1 to {len(table.numbered())}, not {min(unknown)}")
+    return found
 
 
 def _positive(text: str) -> int:

@@ -38,16 +38,17 @@ class Side:
     overrides: tuple[str, ...]
 
     @classmethod
-    def of(cls, text: str) -> "Side":
+    def of(cls, text: str, *, folder: Path = Path()) -> "Side":
         """``CONFIG.toml[@RANKS] [--section.key=value ...]``; without RANKS, as many as NGPU says, else 4."""
         config, *overrides = shlex.split(text) or [""]
-        path, _, ranks = config.partition("@")
+        name, _, ranks = config.partition("@")
+        path = folder / name
         given = ranks or os.environ.get("NGPU", "4")
         if not given.isdecimal() or int(given) == 0:
             raise RunError(f"{text}: the number of ranks ({given}) must be a positive integer")
-        if not Path(path).is_file():
+        if not path.is_file():
             raise RunError(f"{path}: no such file")
-        return cls(Path(path), int(given), tuple(overrides))
+        return cls(path, int(given), tuple(overrides))
 
     def but(self, *overrides: str, ranks: int | None = None) -> "Side":
         """With further overrides, which win."""
