@@ -24,6 +24,7 @@ def train(
     argv: list[str],
     gradients: str | None = None,
     sabotage: Callable[[list[MoE]], None] | None = None,
+    num_layers: int = NUM_LAYERS,
 ) -> dict[str, Any]:
     """Trains as ``python -m titan_moe.train`` does, on this body's process group.
 
@@ -32,6 +33,7 @@ def train(
         gradients: A file for the whole gradients of the first step, by parameter name. Where it exists,
             they are compared with it instead, and "gradient_errors" says how far off each is.
         sabotage: Done to the model's MoE layers before the first step.
+        num_layers: The model is cut to these.
 
     Returns:
         "records" of metrics.jsonl; "expert_bias" per layer; "first_bias" and "first_load" (counts) per
@@ -43,7 +45,7 @@ def train(
     os.environ |= {"RANK": str(ctx.rank), "LOCAL_RANK": str(ctx.rank), "WORLD_SIZE": str(ctx.world_size)}
     job = load(argv, world_size=ctx.world_size)
     model: Any = job.trainer.model_spec.model
-    model.layers = model.layers[:NUM_LAYERS]
+    model.layers = model.layers[:num_layers]
     trainer = Trainer(Trainer.Config.of(job))
     if sabotage is not None:
         sabotage([module for module in trainer.model_parts[0].modules() if isinstance(module, MoE)])

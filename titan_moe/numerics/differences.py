@@ -126,7 +126,7 @@ def places(tokens: torch.Tensor, seq_len: int) -> str:
         sequence, first, last = int(run[0]) // seq_len, int(run[0]) % seq_len, int(run[-1]) % seq_len
         shown.append(f"sequence {sequence} position{f's {first}-{last}' if last > first else f' {first}'}")
     more = f" and {len(runs) - 3} more runs" if len(runs) > 3 else ""
-    return f"{len(tokens)} tokens: {', '.join(shown)}{more}"
+    return f"{len(tokens)} token{'s' * (len(tokens) > 1)}: {', '.join(shown)}{more}"
 
 
 def _module(
