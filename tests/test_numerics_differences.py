@@ -140,7 +140,7 @@ class TestPlaces:
             ([14, 15, 16], "3 tokens: sequence 0 positions 14-15, sequence 1 position 0"),
             (
                 [1, 3, 5, 7],
-                "4 tokens: sequence 0 position 1, sequence 0 position 3, sequence 0 position 5 and",
+                "4 tokens: sequence 0 position 1, sequence 0 position 3, sequence 0 position 5",
             ),
         ],
     )

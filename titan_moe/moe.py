@@ -145,13 +145,16 @@ class MoE(Module):
         x_TD, layout = self.border.enter(x_BLD)
         routing = self.router(x_TD, self.expert_bias_E, layout)
         in_flight = self.routed_experts(x_TD, routing, layout)
-        count_tokens(self.tokens_per_expert_E, routing.counted_E, training=self.training)
-        traffic = self.routed_experts.token_dispatcher.traffic(in_flight.receipt, x_TD.element_size())
-        count_traffic(self.traffic, traffic, training=self.training)
+        self._count(routing, in_flight.receipt, x_TD.element_size())
         shared_BLD = self.shared_experts(x_BLD) if self.shared_experts is not None else None
         out_TD = self.routed_experts.finish(in_flight)
         out_BLD = self.border.leave(out_TD, layout, like=x_BLD)
         return out_BLD if shared_BLD is None else out_BLD + shared_BLD
+
+    def _count(self, routing: Routing, receipt: DispatchMetadata, itemsize: int) -> None:
+        count_tokens(self.tokens_per_expert_E, routing.counted_E, training=self.training)
+        traffic = self.routed_experts.token_dispatcher.traffic(receipt, itemsize)
+        count_traffic(self.traffic, traffic, training=self.training)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         if buffer_device is None and self.tokens_per_expert_E is not None:

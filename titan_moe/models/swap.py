@@ -36,28 +36,31 @@ def swap_moe(
         ValueError: a MoE layer, router or routed experts with a forward of its own, which a swap would
             silently drop; or an unknown ``dispatcher``. The model is unchanged then.
     """
-    dispatcher_config = dispatch.load(dispatcher).Config
     found: list[Any] = list(model.traverse(upstream.MoE.Config))
-    for fqn, config, _, _ in found:
-        _refuse_own_forward(fqn, config)
-    for _, config, parent, attr in found:
-        routed = config.routed_experts
-        token_dispatcher = dispatcher_config(
-            num_experts=config.num_experts, top_k=config.router.top_k, **(dispatcher_options or {})
-        )
-        swapped = _derive(
-            MoE.Config,
-            config,
-            router=_derive(TokenChoiceTopKRouter.Config, config.router),
-            routed_experts=_derive(
-                RoutedExperts.Config,
-                routed,
-                inner_experts=_swap_experts(routed.inner_experts),
-                token_dispatcher=token_dispatcher,
-            ),
-        )
-        setattr(parent, attr, swapped)
+    options = dispatcher_options or {}
+    swapped = [swap_layer(fqn, config, dispatcher=dispatcher, **options) for fqn, config, _, _ in found]
+    for layer, (_, _, parent, attr) in zip(swapped, found, strict=True):
+        setattr(parent, attr, layer)
     return len(found)
+
+
+def swap_layer(name: str, config: upstream.MoE.Config, *, dispatcher: str, **options: Any) -> MoE.Config:
+    """``config`` as ours; see ``swap_moe``. ``options`` are the dispatcher's."""
+    dispatcher_config = dispatch.load(dispatcher).Config
+    _refuse_own_forward(name, config)
+    routed = config.routed_experts
+    token_dispatcher = dispatcher_config(num_experts=config.num_experts, top_k=config.router.top_k, **options)
+    return _derive(
+        MoE.Config,
+        config,
+        router=_derive(TokenChoiceTopKRouter.Config, config.router),
+        routed_experts=_derive(
+            RoutedExperts.Config,
+            routed,
+            inner_experts=_swap_experts(routed.inner_experts),
+            token_dispatcher=token_dispatcher,
+        ),
+    )
 
 
 def _refuse_own_forward(fqn: str, config: Any) -> None:
