@@ -345,14 +345,14 @@ class TestCommand:
         assert self._compare(f"{DEBUG}@2", ep2, *options) == 0
         captured = capsys.readouterr()
         stages = [line.split("s  ")[1] for line in captured.err.splitlines()]
-        assert stages == ["seed", "baseline", "candidate", "forced", "replayed"]
+        assert stages == ["seed", "baseline", "candidate", "fed", "replayed"]
         report = json.loads((tmp_path / "report.json").read_text())
         assert report.keys() == {"about", "free", "replayed", "routing", "born"}
         assert "step        baseline       candidate  difference    numerics     routing" in captured.out
         assert "on the baseline's routes: within float32 tolerance over 2 steps" in captured.out
         assert "at equal inputs: " in captured.out
         assert [step for step, *_ in report["free"]["losses"]] == [1, 2]
-        assert not any(flips["flipped"] for flips in report["replayed"]["flips"])
+        assert [flips["flipped"] for flips in report["replayed"]["flips"]] == [0, 0, 0, 0]
         assert (tmp_path / "report.html").read_text().count("<svg") == 7
 
     def test_a_run_that_fails(self, tmp_path: Path, capsys: Any) -> None:
@@ -380,6 +380,30 @@ class TestCommand:
         file, *options = base.split()
         assert self._compare(file, file, *options, "--out", str(tmp_path)) == 2
         assert words in capsys.readouterr().err
+
+    def test_a_folder_and_a_configuration(self, tmp_path: Path, capsys: Any) -> None:
+        assert self._compare(str(tmp_path), DEBUG) == 2
+        assert self._compare(str(tmp_path), str(tmp_path), "--steps", "3") == 2
+        said = capsys.readouterr().err
+        assert "a dump folder and a configuration: give two of one kind" in said
+        assert "--steps and overrides make runs; these are dump folders" in said
+
+    def test_what_out_may_be(self, tmp_path: Path, capsys: Any) -> None:
+        """A new folder, or one of our own, which is emptied; and a typo deletes nothing."""
+        runs.claim(tmp_path / "new")
+        (tmp_path / "new" / "report.html").write_text("of an earlier call")
+        assert self._compare("/nope.toml", DEBUG, "--out", str(tmp_path / "new")) == 2
+        assert (tmp_path / "new" / "report.html").exists()
+        runs.claim(tmp_path / "new")
+        assert [file.name for file in (tmp_path / "new").iterdir()] == [".numerics"]
+        assert self._compare(DEBUG, DEBUG, "--out", str(tmp_path)) == 2
+        assert "not empty, and not from an earlier call; give a new folder" in capsys.readouterr().err
+        assert (tmp_path / "new" / ".numerics").exists()
+
+    @pytest.mark.parametrize("text", ["7-5", "0", "99", "a", ""])
+    def test_lines_that_are_not_there(self, text: str) -> None:
+        with pytest.raises(SystemExit):
+            main(["table", "--lines", text])
 
     def test_folders_without_a_capture(self, tmp_path: Path, capsys: Any) -> None:
         assert self._compare(str(tmp_path), str(tmp_path)) == 2

@@ -40,11 +40,13 @@ class Query(NamedTuple):
         live: the router's own top-k, ``(T, K)``, when called.
         ranking: what that orders by, ``(T, E)``, when called: biased, -inf outside a token's groups.
         layout: whose tokens these are; None where the caller did not say.
+        biased: the biased scores of all groups, ``(T, E)``, when called.
     """
 
     live: Callable[[], torch.Tensor]
     ranking: Callable[[], torch.Tensor]
     layout: DispatchMetadata | None
+    biased: Callable[[], torch.Tensor]
 
 
 def live(query: Query) -> Choice:
@@ -98,8 +100,9 @@ class TokenChoiceTopKRouter(Module):
             layout: whose tokens these are, for a ``source`` that knows them by name.
         """
         scores_TE = self._scores(x_TD)
-        biased = (scores_TE.detach(), expert_bias_E)
-        choice = self.source(Query(partial(self._select, *biased), partial(self._ranking, *biased), layout))
+        parts = (scores_TE.detach(), expert_bias_E)
+        select, ranking, biased = (partial(f, *parts) for f in (self._select, self._ranking, _biased))
+        choice = self.source(Query(select, ranking, layout, biased))
         topk_scores_TK = scores_TE.gather(1, choice.ids_TK)
         if choice.weightless_TK is not None:
             topk_scores_TK = topk_scores_TK.masked_fill(choice.weightless_TK, 0)
@@ -132,14 +135,11 @@ class TokenChoiceTopKRouter(Module):
 
     @torch.no_grad()
     def _ranking(self, scores_TE: torch.Tensor, expert_bias_E: torch.Tensor | None) -> torch.Tensor:
-        if expert_bias_E is not None:
-            scores_TE = scores_TE + expert_bias_E.to(scores_TE.dtype)
-        if self.config.num_expert_groups is not None:
-            assert self.config.num_limited_groups is not None
-            scores_TE = _keep_best_groups(
-                scores_TE, self.config.num_expert_groups, self.config.num_limited_groups
-            )
-        return scores_TE
+        biased_TE = _biased(scores_TE, expert_bias_E)
+        if self.config.num_expert_groups is None:
+            return biased_TE
+        assert self.config.num_limited_groups is not None
+        return _keep_best_groups(biased_TE, self.config.num_expert_groups, self.config.num_limited_groups)
 
     def _count(self, ids_TK: torch.Tensor, counts_T: torch.Tensor | None = None) -> torch.Tensor:
         """``(E,)`` int64. Integer adds: the order in which they happen cannot show."""
@@ -148,6 +148,10 @@ class TokenChoiceTopKRouter(Module):
             ones_TK = ones_TK * counts_T.unsqueeze(1)
         totals_E = ids_TK.new_zeros(self.config.num_experts)
         return totals_E.scatter_add_(0, ids_TK.flatten(), ones_TK.flatten())
+
+
+def _biased(scores_TE: torch.Tensor, expert_bias_E: torch.Tensor | None) -> torch.Tensor:
+    return scores_TE if expert_bias_E is None else scores_TE + expert_bias_E.to(scores_TE.dtype)
 
 
 def _keep_best_groups(scores_TE: torch.Tensor, num_groups: int, num_limited_groups: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torchtitan.trainer import Trainer as TorchtitanTrainer
 
 from titan_moe.config import ConfigError, Job, load, write_resolved
 from titan_moe.metrics import MetricsProcessor
-from titan_moe.numerics.capture import Capture
+from titan_moe.numerics.capture import Capture, forget_capture
 from titan_moe.numerics.section import Numerics
 from titan_moe.parallelize import unbind
 from titan_moe.replay.section import RoutingReplay
@@ -65,6 +65,7 @@ class Trainer(TorchtitanTrainer):
         self.capture: Capture | None = None
         if config.checkpoint.create_seed_checkpoint:
             return
+        forget_capture(config.dump_folder)
         if config.numerics.capture:
             self.capture = Capture(
                 config.numerics,
@@ -122,7 +123,7 @@ class Trainer(TorchtitanTrainer):
         with self.replay.microbatch(next(self.microbatches), self.device) as microbatch:
             if self.capture is None:
                 return super().forward_backward_step(**kwargs)
-            with self.capture.during(microbatch, self.step):
+            with self.capture.during(microbatch):
                 loss = super().forward_backward_step(**kwargs)
             if microbatch.number + 1 == self.gradient_accumulation_steps:
                 self.capture.gradients(self.step)  # before they are clipped

@@ -1,7 +1,7 @@
 """What a run writes down: tokens' features of every module, routes with their margins, gradients.
 
 ``numerics`` in the dump folder: ``manifest.json``; of every step ``step-000001.rank-0000.safetensors``
-(features by module and global token index) and a line of ``gradient_norms.jsonl``; of the first steps
+(features by module and global token index) and a line of ``parameters.jsonl``; of the first steps
 ``inputs-000001.rank-0000.safetensors`` (the rows that sublayers were given) and, from rank 0,
 ``gradients-000001.safetensors``. Losses and learning rates are in metrics.jsonl.
 """
@@ -23,6 +23,7 @@ from titan_moe.load_balance import is_recomputing
 from titan_moe.names import plain_modules, plain_name
 from titan_moe.numerics.features import features, local_tokens
 from titan_moe.numerics.load import FORMAT, Captured
+from titan_moe.numerics.margins import Groups, margins
 from titan_moe.numerics.section import Numerics
 from titan_moe.numerics.sublayers import Inputs
 from titan_moe.replay.regions import unseen_by_selective_ac
@@ -55,6 +56,7 @@ class Capture:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.model_parts = model_parts
         self.microbatch: Microbatch | None = None
+        self.groups: dict[str, Groups | None] = {}  # by router
         self.modules: list[str] = []  # in the order of their first forward
         self.steps: list[int] = []
         self._features: Columns = {}
@@ -63,18 +65,16 @@ class Capture:
         if section.inputs_of is not None:
             self.inputs.instead = Captured(Path(section.inputs_of)).inputs()
         if self.rank == 0:
-            self._clear()
+            self.folder.mkdir(parents=True, exist_ok=True)
         for part in model_parts:
             self._watch(part)
 
-    def _clear(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for old in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.json*")):
-            old.unlink(missing_ok=True)
-
     def _watch(self, part: nn.Module) -> None:
         for name, module in plain_modules(part).items():
-            if isinstance(module, StockRouter) and not isinstance(module, TokenChoiceTopKRouter):
+            if isinstance(module, TokenChoiceTopKRouter):
+                self.groups[name] = Groups.of(module.config)
+            if isinstance(module, StockRouter):
+                self.groups[name] = Groups.of(module)
                 module.register_forward_hook(
                     lambda m, args, out, n=name: self._stock_route(n, args[1], out, m.top_k)
                 )
@@ -82,14 +82,18 @@ class Capture:
                 module.register_forward_hook(lambda _m, _a, out, n=name: self._seen(n, out))
 
     @contextmanager
-    def during(self, microbatch: Microbatch, step: int) -> Iterator[None]:
+    def during(self, microbatch: Microbatch) -> Iterator[None]:
         """Forwards and backwards in here are written down."""
         self.microbatch = microbatch
-        self.inputs.saving = step <= self.whole_steps
+        self.inputs.saving = self._whole
         try:
             yield
         finally:
             self.microbatch = None
+
+    @property
+    def _whole(self) -> bool:
+        return len(self.steps) < self.whole_steps
 
     def _running(self) -> torch.Tensor | None:
         return None if self.microbatch is None else self.microbatch.tokens_P
@@ -98,9 +102,8 @@ class Capture:
         """A replay's Observer: our routers' choices."""
         assert query.layout is not None, "MoE gives its router a layout"
         places_T = query.layout.global_token_indices(choice.ids_TK.device)
-        self._route(
-            f"{slot.layer}.router", microbatch.tokens_P, places_T, choice.ids_TK, query.ranking().detach()
-        )
+        name = f"{slot.layer}.router"
+        self._route(name, microbatch.tokens_P.index_select(0, places_T), choice.ids_TK, query.biased())
 
     def _stock_route(self, name: str, bias_E: torch.Tensor | None, out: Any, top_k: int) -> None:
         """torchtitan's router returns weights, ids and scores of every expert, each ``(B, L, ...)``."""
@@ -112,27 +115,19 @@ class Capture:
         ids, scores = (local_tokens(x.detach(), batch_size, self.seq_len) for x in (ids_BLK, scores_BLE))
         if ids is None or scores is None:
             return
-        ranking_TE = scores[0] if bias_E is None else scores[0] + _local(bias_E)
+        biased_TE = scores[0] if bias_E is None else scores[0] + _local(bias_E)
         with unseen_by_selective_ac():
-            self._route(name, microbatch.tokens_P, ids[1], ids[0], ranking_TE)
+            self._route(name, microbatch.tokens_P.index_select(0, ids[1]), ids[0], biased_TE)
 
     @torch.no_grad()
     def _route(
-        self,
-        name: str,
-        tokens_P: torch.Tensor,
-        places_T: torch.Tensor,
-        ids_TK: torch.Tensor,
-        ranking_TE: torch.Tensor,
+        self, name: str, tokens_T: torch.Tensor, ids_TK: torch.Tensor, biased_TE: torch.Tensor
     ) -> None:
-        """Ids, features of the scores that ranked them, and the margin between the K-th and the next one."""
-        top_k, num_experts = ids_TK.shape[1], ranking_TE.shape[1]
-        best = ranking_TE.topk(min(top_k + 1, num_experts), dim=1).values.double()
-        margin_T = best[:, top_k - 1] - best[:, top_k] if num_experts > top_k else best[:, 0] * 0 + torch.inf
-        # A limited group's -inf has no projection.
-        scores = features(torch.where(ranking_TE.isfinite(), ranking_TE, 0))
-        columns = {"ids": ids_TK.sort(dim=1).values, "margin": margin_T, "score": scores.projection_T}
-        self._keep(f"{name}|route", tokens_P.index_select(0, places_T), **columns)
+        """Ids, features of the scores that they were chosen by, and by how much they were chosen."""
+        margin_T = margins(biased_TE, ids_TK.shape[1], self.groups.get(name))
+        scores = features(biased_TE)
+        columns = {"score_norm": scores.norm_T, "score": scores.projection_TQ, "margin": margin_T}
+        self._keep(f"{name}|route", tokens_T, ids=ids_TK.sort(dim=1).values, **columns)
 
     def _seen(self, name: str, out: Any) -> None:
         if self.microbatch is None or is_recomputing() or not isinstance(out, torch.Tensor):
@@ -166,19 +161,25 @@ class Capture:
 
     @torch.no_grad()
     def gradients(self, step: int) -> None:
-        """Norms of all gradients, summed over microbatches; of the first steps, whole ones. Collective."""
-        whole, norms = {}, {}
+        """Norms of all gradients, summed over microbatches; of the first steps, whole ones. Collective.
+
+        And the expert biases that the step routed with.
+        """
+        whole, norms, biases = {}, {}, {}
         for part in self.model_parts:
+            for name, buffer in part.named_buffers():
+                if name.endswith("expert_bias_E"):
+                    biases[plain_name(name)] = _whole(buffer).tolist()
             for name, parameter in part.named_parameters():
                 grad = parameter.grad
                 if grad is None:
                     continue
                 norms[plain_name(name)] = float(_whole(grad.double().norm()))
-                if step <= self.whole_steps:
+                if self._whole:
                     whole[plain_name(name)] = _whole(grad).float().cpu().contiguous().clone()
         if self.rank == 0:
-            with (self.folder / "gradient_norms.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "norms": norms}) + "\n")
+            with (self.folder / "parameters.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "norms": norms, "expert_biases": biases}) + "\n")
             if whole:
                 save_file(whole, self.folder / f"gradients-{step:06}.safetensors")
 
@@ -197,6 +198,14 @@ class Capture:
     def _save(self, name: str, columns: Columns) -> None:
         tensors = {key: torch.cat(parts) for key, parts in columns.items()}
         save_file(tensors, self.folder / f"{name}.rank-{self.rank:04}.safetensors")
+
+
+def forget_capture(dump_folder: str) -> None:
+    """Removes an earlier run's: beside new losses it would be taken for this run's. Only rank 0 does."""
+    folder = Path(dump_folder) / "numerics"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for old in (*folder.glob("*.safetensors"), *folder.glob("*.json*")):
+            old.unlink(missing_ok=True)
 
 
 def _append(kept: Columns, key: str, **columns: torch.Tensor) -> None:

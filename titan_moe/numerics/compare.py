@@ -2,18 +2,16 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from titan_moe.numerics.differences import (
-    Flips,
-    ModuleDifference,
-    compare_modules,
-    compare_routes,
-    only_sublayers,
-)
+from titan_moe.numerics import verdict
+from titan_moe.numerics.differences import Flips, ModuleDifference, StepDifference, only_sublayers
 from titan_moe.numerics.load import Captured, CaptureError
-from titan_moe.numerics.tolerance import Tolerance
+from titan_moe.numerics.tolerance import Tolerance, relative
+
+Pairs = list[tuple[int, float, float]]  # step, baseline's, candidate's
 
 
 @dataclass(kw_only=True)
@@ -21,29 +19,43 @@ class Comparison:
     """Everything that was found.
 
     Attributes:
-        losses, grad_norms, rates: by step: baseline's, candidate's.
+        losses, grad_norms, rates: by step.
         gradients: of the first step, by parameter: difference over norm, ratio of norms.
         gradient_norms: by parameter, by step: ratio of norms.
-        modules: by step, then forward order, then backward order.
+        expert_biases: layers, by step, whose biases differ.
+        modules, flips: by step, then forward order, then backward order.
+        alone: what only one run has written down, in words.
+        keys: of modules, how many were compared, and how many there are.
     """
 
     tolerance: Tolerance
     dtype: str
-    losses: list[tuple[int, float, float]] = field(default_factory=list)
-    grad_norms: list[tuple[int, float, float]] = field(default_factory=list)
+    losses: Pairs = field(default_factory=list)
+    grad_norms: Pairs = field(default_factory=list)
     rates: list[tuple[int, list[float], list[float]]] = field(default_factory=list)
     gradients: dict[str, tuple[float, float]] = field(default_factory=dict)
     gradient_norms: dict[str, dict[int, float]] = field(default_factory=dict)
+    expert_biases: list[tuple[int, str]] = field(default_factory=list)
     modules: list[ModuleDifference] = field(default_factory=list)
     flips: list[Flips] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
+    keys: tuple[int, int] = (0, 0)
 
     @property
     def bitwise(self) -> bool:
-        """Losses, norms, gradients, every token of every module, and all routes."""
-        same = all(a == b for _, a, b in (*self.losses, *self.grad_norms))
-        gradients = all(difference == 0 for difference, _ in self.gradients.values())
-        modules = all(not m.differing and not m.missing for m in self.modules)
-        return same and gradients and modules and not any(flips.flipped for flips in self.flips)
+        """All that was written down, of which there must be some of each kind, has the same bits."""
+        numbers = (*self.losses, *self.grad_norms, *self.rates)
+        norms = [ratio for by_step in self.gradient_norms.values() for ratio in by_step.values()]
+        return (
+            bool(self.losses and self.gradients and self.modules and self.flips)
+            and not self.alone
+            and not self.expert_biases
+            and all(base == candidate for _, base, candidate in numbers)
+            and all(difference == 0 for difference, _ in self.gradients.values())
+            and all(ratio == 1 for ratio in norms)
+            and not any(m.differing or m.missing or m.replicas for m in self.modules)
+            and not any(flips.flipped or flips.replicas for flips in self.flips)
+        )
 
     @property
     def worst_loss(self) -> float:
@@ -57,10 +69,8 @@ class Comparison:
 
     @property
     def first_beyond(self) -> ModuleDifference | None:
-        """In the first step, the first module that is beyond tolerance: later steps carry on what it did."""
-        steps = {m.step for m in self.modules}
-        here = [m for m in self.modules if m.step == min(steps)]
-        return next((m for m in here if m.missing or not m.relative <= self.tolerance.module), None)
+        """The first module, of the first step that has one, that is beyond tolerance."""
+        return next((m for m in self.modules if verdict.is_beyond(self, m)), None)
 
     @property
     def first_flip(self) -> Flips | None:
@@ -68,63 +78,19 @@ class Comparison:
         return next((flips for flips in self.flips if flips.flipped), None)
 
     @property
+    def first_step(self) -> int:
+        """That both runs have captured."""
+        return min((m.step for m in self.modules), default=0)
+
+    @property
     def problems(self) -> list[str]:
         """What is beyond tolerance, causes before consequences."""
-        found = (self._rate(), self._place(), self._gradient(), self._flip(), self._loss())
-        return [problem for problem in found if problem is not None]
-
-    def _rate(self) -> str | None:
-        found = next((rate for rate in self.rates if rate[1] != rate[2]), None)
-        return None if found is None else f"learning rates at step {found[0]}: {found[1]} and {found[2]}"
-
-    def _place(self) -> str | None:
-        place = self.first_beyond
-        if place is None:
-            return None
-        missing = f", {place.missing} tokens only in one run" if place.missing else ""
-        return f"{place.module} at step {place.step} by {place.relative:.2g} ({place.beyond}){missing}"
-
-    def _gradient(self) -> str | None:
-        wrong = {n: d for n, (d, _) in self.gradients.items() if not d <= self.tolerance.gradient}
-        if not wrong:
-            return None
-        worst = max(wrong, key=lambda name: wrong[name])
-        ratio, others = self.gradients[worst][1], f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
-        return f"gradient of {worst}{others} by {wrong[worst]:.2g} of its norm, norm ratio {ratio:.4g}"
-
-    def _flip(self) -> str | None:
-        found = next((flips for flips in self.flips if flips.suspicious), None)
-        if found is None:
-            return None
-        return (
-            f"{found.layer} at step {found.step} sends {found.suspicious} of {found.tokens} tokens to other "
-            f"experts against a clear margin, first token {found.first_suspicious}"
-        )
-
-    def _loss(self) -> str | None:
-        for step, base, candidate in self.losses:
-            first = step == self.losses[0][0]
-            if not relative(base, candidate) <= (self.tolerance.first_loss if first else self.tolerance.loss):
-                return f"loss at step {step}: {base:.6g} and {candidate:.6g}"
-        return None
+        return verdict.problems(self)
 
     @property
     def verdict(self) -> str:
         """One sentence."""
-        steps = f"{len(self.losses)} step{'s' if len(self.losses) != 1 else ''}"
-        if self.bitwise:
-            return f"bitwise equal over {steps}"
-        if not self.problems:
-            worst = f"losses differ by {self.worst_loss:.2g} at most"
-            return f"within {self.dtype} tolerance over {steps}: {worst}"
-        return f"different: {'; '.join(self.problems)}"
-
-
-def relative(base: float, candidate: float) -> float:
-    """|difference| over |base|; infinite where one is not a number."""
-    if math.isnan(base) or math.isnan(candidate):
-        return math.inf
-    return abs(base - candidate) / max(abs(base), 1e-30)
+        return verdict.sentence(self)
 
 
 def compare(
@@ -135,23 +101,18 @@ def compare(
     Raises:
         CaptureError: the two cannot be laid side by side.
     """
-    _refuse_other_data(base, candidate)
+    refuse_other_data(base, candidate)
     dtypes = [run.manifest["dtype"] for run in (base, candidate)]
     dtype = next((dtype for dtype in dtypes if dtype != "float32"), "float32")  # the coarser
     found = Comparison(tolerance=Tolerance.of(dtype, loss=rtol, module=module_rtol), dtype=dtype)
-    theirs = {record["step"]: record for record in candidate.records}
-    for record in base.records:
-        step = record["step"]
-        if (other := theirs.get(step)) is not None:
-            found.losses.append((step, record["loss"], other["loss"]))
-            found.grad_norms.append((step, record["grad_norm"], other["grad_norm"]))
-            found.rates.append((step, list(record["lr"].values()), list(other["lr"].values())))
+    _compare_records(found, base, candidate)
     shared = [step for step in base.manifest["steps"] if step in candidate.manifest["steps"]]
     if not found.losses or not shared:
         raise CaptureError(f"{base.folder} and {candidate.folder} share no step")
     for step in shared:
         _compare_step(found, step, base, candidate)
-    _compare_norms(found, shared, base, candidate)
+        _compare_parameters(found, step, base.parameters.get(step), candidate.parameters.get(step))
+    found.gradients = _compare_gradients(base.gradients(shared[0]), candidate.gradients(shared[0]))
     return found
 
 
@@ -175,18 +136,16 @@ class Born:
         return sum(v for name, v in squares.items() if name.endswith(".moe")) / whole if whole else 0.0
 
 
-def born_inside(base: Captured, forced: Captured) -> Born:
-    """``forced`` ran with ``numerics.inputs_of`` set to ``base``."""
-    order, step = base.manifest["modules"], base.manifest["steps"][0]
-    left, right, tolerance = base.step(step), forced.step(step), Tolerance.of(forced.manifest["dtype"])
-    flips = compare_routes(step, order, left, right, tolerance)
-    modules = compare_modules(
-        step, order, left, right, tolerance, seq_len=base.manifest["seq_len"], flips=flips
-    )
-    return Born(sublayers=only_sublayers(modules), flipped=sum(f.flipped for f in flips))
+def born_inside(base: Captured, fed: Captured) -> Born:
+    """``fed`` ran with ``numerics.inputs_of`` set to ``base``."""
+    step, tolerance = base.manifest["steps"][0], Tolerance.of(fed.manifest["dtype"])
+    order, seq_len = base.manifest["modules"], base.manifest["seq_len"]
+    found = StepDifference(step, order, base.step(step), fed.step(step), tolerance, seq_len=seq_len)
+    return Born(sublayers=only_sublayers(found.modules), flipped=sum(f.flipped for f in found.flips))
 
 
-def _refuse_other_data(base: Captured, candidate: Captured) -> None:
+def refuse_other_data(base: Captured, candidate: Captured) -> None:
+    """Raises CaptureError where the two runs cannot have seen the same tokens."""
     sizes = [(run.manifest["sequences"], run.manifest["seq_len"]) for run in (base, candidate)]
     if sizes[0] != sizes[1]:
         (n, length), (other_n, other_length) = sizes
@@ -196,14 +155,44 @@ def _refuse_other_data(base: Captured, candidate: Captured) -> None:
         )
 
 
+def _compare_records(found: Comparison, base: Captured, candidate: Captured) -> None:
+    mine, theirs = ({record["step"]: record for record in run.records} for run in (base, candidate))
+    for step in sorted(mine.keys() & theirs.keys()):
+        one, other = mine[step], theirs[step]
+        found.losses.append((step, one["loss"], other["loss"]))
+        found.grad_norms.append((step, one["grad_norm"], other["grad_norm"]))
+        rates = [list(record.get("lr", {}).values()) for record in (one, other)]
+        found.rates.append((step, rates[0], rates[1]))
+    if only := sorted(mine.keys() ^ theirs.keys()):
+        found.alone.append(f"steps {only[0]} to {only[-1]}")
+
+
 def _compare_step(found: Comparison, step: int, base: Captured, candidate: Captured) -> None:
     order, seq_len = base.manifest["modules"], base.manifest["seq_len"]
     left, right = base.step(step), candidate.step(step)
-    flips = compare_routes(step, order, left, right, found.tolerance)
-    found.flips += flips
-    found.modules += compare_modules(step, order, left, right, found.tolerance, seq_len=seq_len, flips=flips)
-    if not found.gradients:
-        found.gradients = _compare_gradients(base.gradients(step), candidate.gradients(step))
+    walk = StepDifference(step, order, left, right, found.tolerance, seq_len=seq_len)
+    found.modules += walk.modules
+    found.flips += walk.flips
+    found.keys = (len(left.keys() & right.keys()), len(left.keys() | right.keys()))
+    held = {key for key in left.keys() ^ right.keys() if verdict.on_every_mesh(key)}
+    found.alone += [f"{key.replace('|', ' ')} at step {step}" for key in sorted(held)]
+
+
+def _compare_parameters(
+    found: Comparison, step: int, mine: dict[str, Any] | None, theirs: dict[str, Any] | None
+) -> None:
+    if mine is None or theirs is None:
+        found.alone.append(f"gradient norms of step {step}")
+        return
+    for name in sorted(mine["norms"].keys() | theirs["norms"].keys()):
+        one, other = mine["norms"].get(name), theirs["norms"].get(name)
+        if one is None or other is None:
+            ratio = math.inf if one is None else 0.0
+        else:
+            ratio = 1.0 if relative(one, other) == 0 else other / max(one, 1e-30)
+        found.gradient_norms.setdefault(name, {})[step] = ratio
+    biases, others = mine["expert_biases"], theirs["expert_biases"]
+    found.expert_biases += [(step, name) for name in biases if biases[name] != others.get(name)]
 
 
 def _compare_gradients(
@@ -214,15 +203,12 @@ def _compare_gradients(
         if name not in left or name not in right:
             found[name] = (math.inf, math.inf if name in right else 0.0)  # a gradient of nothing
             continue
-        norm = left[name].double().norm()
-        off = (left[name].double() - right[name].double()).norm()
-        floor = norm.clamp_min(1e-30)
-        found[name] = (float(off / floor), float(right[name].double().norm() / floor) if off else 1.0)
+        one, other = left[name].double(), right[name].double()
+        if one.shape != other.shape:
+            shapes = f"{tuple(one.shape)} and {tuple(other.shape)}"
+            raise CaptureError(f"gradients of {name} have shapes {shapes}: another model")
+        norm, off = one.norm().clamp_min(1e-30), float((one - other).norm())
+        difference = off / float(norm)
+        ratio = float(other.norm() / norm) if off else 1.0
+        found[name] = (difference if math.isfinite(difference) else math.inf, ratio)
     return found
-
-
-def _compare_norms(found: Comparison, steps: list[int], base: Captured, candidate: Captured) -> None:
-    for step in steps:
-        mine, theirs = base.gradient_norms[step], candidate.gradient_norms[step]
-        for name in mine.keys() & theirs.keys():
-            found.gradient_norms.setdefault(name, {})[step] = theirs[name] / max(mine[name], 1e-30)

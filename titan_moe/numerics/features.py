@@ -1,10 +1,11 @@
 """What is kept of a token: enough to say whether two runs agree on it, and how far apart they are.
 
-Per token three numbers, whatever the width of its row x: a hash of the bits of x, the norm |x|, and the
-projection of x on a fixed vector of +1 and -1. For errors d without a preferred direction the mean square of
-the projections' differences is that of |d|, so two runs can be compared without keeping their rows.
+Per token, whatever the width of its row x: a hash of the bits of x, the norm |x|, and the projections of x
+on a few fixed vectors of +1 and -1. The mean square of the projections' differences is that of |d|, so two
+runs can be compared without keeping their rows.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_moe.dispatch.base import DispatchMetadata
 
+PROJECTIONS = 4  # Q
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -20,19 +22,46 @@ class Features(NamedTuple):
 
     bits_T: torch.Tensor  # int64
     norm_T: torch.Tensor  # fp64
-    projection_T: torch.Tensor  # fp64
+    projection_TQ: torch.Tensor  # fp64
 
 
 def features(x_TD: torch.Tensor) -> Features:
     """Computed on x's device; no host sync."""
     x_TD = x_TD.detach().contiguous()
     wide_TD = x_TD.double()
-    places_D = torch.arange(1, x_TD.shape[1] + 1, device=x_TD.device)
-    # Knuth's MMIX generator, of which the top bit is taken; the hash wraps around.
-    mixed_D = places_D * 6364136223846793005 + 1442695040888963407
-    signs_D = torch.where(mixed_D < 0, -1.0, 1.0).double()
-    bits_T = (x_TD.view(_INTEGERS[x_TD.element_size()]).long() * mixed_D).sum(1)
-    return Features(bits_T, wide_TD.norm(dim=1), wide_TD @ signs_D)
+    odd_D, signs_DQ = _fixed(x_TD.shape[1], x_TD.device)
+    bits_T = (x_TD.view(_INTEGERS[x_TD.element_size()]).long() * odd_D).sum(1)
+    return Features(bits_T, wide_TD.norm(dim=1), wide_TD @ signs_DQ)
+
+
+def distance(left_TQ: torch.Tensor, right_TQ: torch.Tensor) -> torch.Tensor:
+    """``(T,)``: an estimate of |difference| per token, from projections."""
+    return (left_TQ - right_TQ).square().mean(1).sqrt()
+
+
+@lru_cache(maxsize=64)
+def _fixed(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Odd multipliers for the hash, which wraps around, and the projections' vectors."""
+    numbers = torch.arange(width * (PROJECTIONS + 1), device=device)
+    mixed = _splitmix64(numbers).view(PROJECTIONS + 1, width)
+    return mixed[0] | 1, torch.where(mixed[1:] < 0, -1.0, 1.0).double().t().contiguous()
+
+
+def _splitmix64(numbers: torch.Tensor) -> torch.Tensor:
+    """Steele, Lea and Flood 2014: the n-th output of that generator from seed 0, for each n."""
+    z = (numbers + 1) * _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shifted(z, 31)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64)
+
+
+def _shifted(z: torch.Tensor, by: int) -> torch.Tensor:
+    """A shift that fills with zeros; torch's own keeps the sign."""
+    return (z >> by) & ((1 << (64 - by)) - 1)
 
 
 def local_tokens(x: torch.Tensor, batch_size: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor] | None:

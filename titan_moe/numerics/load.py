@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-FORMAT = 2  # of the folder that Capture writes
+FORMAT = 3  # of the folder that Capture writes
+Step = dict[str, dict[str, torch.Tensor]]  # by "module|what": columns
 
 
 class CaptureError(ValueError):
@@ -37,7 +38,7 @@ class Captured:
             raise CaptureError(f"{file}: missing; run with --numerics.capture") from None
         except ValueError as error:
             raise CaptureError(f"{file}: truncated or not JSON: {error}") from None
-        if manifest.get("format") != FORMAT:
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise CaptureError(f"{file}: not a capture of format {FORMAT}")
         return manifest
 
@@ -50,10 +51,11 @@ class Captured:
         except (OSError, ValueError) as error:
             raise CaptureError(f"{file}: {error}") from None
 
-    def step(self, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    def step(self, step: int) -> Step:
         """By module key (``layers.1.moe|out``): columns of all tokens, ordered by global token index.
 
-        A token that several ranks hold (replicas) is taken from the first of them.
+        A token that several ranks hold (replicas) is taken from the first of them; column
+        ``replicas_differ`` says where they do not agree.
         """
         return self._of_all_ranks(f"step-{step:06}")
 
@@ -68,16 +70,16 @@ class Captured:
         return self._load(name) if (self.folder / "numerics" / name).exists() else {}
 
     @cached_property
-    def gradient_norms(self) -> dict[int, dict[str, float]]:
-        """By step and parameter."""
-        file = self.folder / "numerics" / "gradient_norms.jsonl"
+    def parameters(self) -> dict[int, dict[str, Any]]:
+        """By step: "norms" of gradients by parameter, "expert_biases" by layer."""
+        file = self.folder / "numerics" / "parameters.jsonl"
         try:
             lines = [json.loads(line) for line in file.read_text().splitlines()]
-            return {line["step"]: line["norms"] for line in lines}
+            return {line["step"]: line for line in lines}
         except (OSError, ValueError, KeyError) as error:
             raise CaptureError(f"{file}: truncated or missing: {error}") from None
 
-    def _of_all_ranks(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
+    def _of_all_ranks(self, name: str) -> Step:
         pieces: dict[str, dict[str, list[torch.Tensor]]] = {}
         for rank in range(self.manifest["ranks"]):
             for key_and_column, tensor in self._load(f"{name}.rank-{rank:04}.safetensors").items():
@@ -96,9 +98,16 @@ class Captured:
 
 
 def _once(columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One row per token, by token; column ``replicas_differ``: another rank's row has other bits, or ids."""
     order = torch.argsort(columns["tokens"], stable=True)
     ordered = {name: tensor[order] for name, tensor in columns.items()}
     tokens = ordered["tokens"]
     first = torch.ones_like(tokens, dtype=torch.bool)
     first[1:] = tokens[1:] != tokens[:-1]
-    return {name: tensor[first] for name, tensor in ordered.items()}
+    once = {name: tensor[first] for name, tensor in ordered.items()}
+    if (telling := next((name for name in ("bits_T", "ids") if name in ordered), None)) is not None:
+        owner = first.cumsum(0) - 1
+        differs = (ordered[telling] != once[telling][owner]).reshape(len(tokens), -1).any(1)
+        once["replicas_differ"] = torch.zeros(len(once["tokens"]), dtype=torch.bool)
+        once["replicas_differ"][owner[differs]] = True
+    return once

@@ -5,8 +5,9 @@ from html import escape
 from pathlib import Path
 
 from titan_moe.numerics import svg
-from titan_moe.numerics.compare import Comparison, relative
+from titan_moe.numerics.compare import Comparison
 from titan_moe.numerics.report import Report
+from titan_moe.numerics.tolerance import relative
 
 MOST_PARAMETERS = 24
 

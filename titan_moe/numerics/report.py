@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_moe.numerics.compare import Born, Comparison, relative
+from titan_moe.numerics.compare import Born, Comparison
+from titan_moe.numerics.tolerance import relative
 
 
 @dataclass(kw_only=True)
@@ -49,7 +51,16 @@ def write_json(path: Path, found: Report) -> None:
     report |= {name: _plain(part) for name, part in parts.items() if part is not None}
     if found.born is not None:
         report["born"] = dataclasses.asdict(found.born) | {"share_of_moe": found.born.share_of_moe}
-    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(_json(report), indent=1, allow_nan=False), encoding="utf-8")
+
+
+def _json(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _json(item) for key, item in value.items()}
+    return [_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _gaps(comparison: Comparison) -> dict[int, float]:
@@ -58,11 +69,13 @@ def _gaps(comparison: Comparison) -> dict[int, float]:
 
 def _first(free: Comparison) -> list[str]:
     first = free.first_difference
+    compared = f"compared: {free.keys[0]} of the {free.keys[1]} that a run has: outputs, gradients, routes"
     if first is None:
-        return []
+        return [compared]
     return [
+        compared,
         f"first difference: {first.module} at step {first.step}, {first.differing} of {first.tokens} tokens, "
-        f"{first.relative:.2e}, first token {first.first_token}"
+        f"{first.relative:.2e}, first token {first.first_token}",
     ]
 
 

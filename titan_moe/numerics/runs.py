@@ -3,6 +3,8 @@
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,8 +42,13 @@ class Side:
     @classmethod
     def of(cls, text: str, *, folder: Path = Path()) -> "Side":
         """``CONFIG.toml[@RANKS] [--section.key=value ...]``; without RANKS, as many as NGPU says, else 4."""
-        config, *overrides = shlex.split(text) or [""]
-        name, _, ranks = config.partition("@")
+        try:
+            config, *overrides = [text] if (folder / text).is_file() else shlex.split(text) or [""]
+        except ValueError as error:
+            raise RunError(f"{text}: {error}") from None
+        name, at, ranks = config.rpartition("@")
+        if not at or (folder / config).is_file():
+            name, ranks = config, ""
         path = folder / name
         given = ranks or os.environ.get("NGPU", "4")
         if not given.isdecimal() or int(given) == 0:
@@ -59,16 +66,23 @@ class Runs:
     """Captured runs in one folder, from one start; each is made once."""
 
     def __init__(
-        self, folder: Path, *, steps: int, overrides: list[str], progress: Callable[[str], None]
+        self,
+        folder: Path,
+        *,
+        steps: int,
+        overrides: list[str],
+        progress: Callable[[str], None],
+        timeout_s: float,
     ) -> None:
         """``overrides`` go to every run; ``progress`` is told a line now and then."""
         self.folder, self.steps, self.overrides, self.progress = folder, steps, overrides, progress
-        self._made: dict[Side, Captured] = {}
+        self.timeout_s = timeout_s
+        self._made: dict[tuple[str, Side], Captured] = {}
         self._start: Path | None = None
 
     def captured(self, name: str, side: Side, *further: str) -> Captured:
-        """The run of ``side``, which is made under ``name`` unless it is there. Raises RunError."""
-        key = side.but(*further)
+        """The run of ``side``, made under ``name`` unless it is there already. Raises RunError."""
+        key = (name, side.but(*further))
         if key not in self._made:
             if self._start is None:
                 self._start = self._seed(side)
@@ -93,9 +107,8 @@ class Runs:
     def _run(self, name: str, side: Side) -> Path:
         """Runs to the end; returns the dump folder. Raises RunError with the log's last words."""
         folder = self.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
         log, metrics = folder / "log.txt", folder / "metrics.jsonl"
-        metrics.unlink(missing_ok=True)
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *(f"--nproc_per_node={side.ranks}", "-m", "titan_moe.train", str(side.config)),
@@ -104,18 +117,45 @@ class Runs:
         ]
         with log.open("w") as file:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            end = time.monotonic() + self.timeout_s
             try:
                 while process.poll() is None:
                     done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
                     self.progress(f"{name}: {side.ranks} ranks, step {done} of {self.steps}")
+                    if time.monotonic() > end:
+                        raise RunError(f"{name}: no end after {self.timeout_s:.0f} s (log: {log})")
                     time.sleep(0.5)
             finally:
-                process.terminate()
-                process.wait()
+                _end(process)
         if process.returncode:
             raise RunError(f"{name} failed with status {process.returncode}: {_last_words(log)} (log: {log})")
         return folder
+
+
+def claim(folder: Path) -> None:
+    """Makes ``folder`` this command's own and empty. Raises RunError where something else is in it."""
+    mark = folder / ".numerics"
+    if folder.is_dir() and any(folder.iterdir()):
+        if not mark.exists():
+            raise RunError(f"--out {folder}: not empty, and not from an earlier call; give a new folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def _end(process: subprocess.Popen) -> None:
+    """torchrun and all its ranks."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _last_words(log: Path) -> str:

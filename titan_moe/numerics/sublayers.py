@@ -43,7 +43,7 @@ class Inputs:
         """
         self.tokens_P, self.seq_len, self.save = tokens_P, seq_len, save
         self.saving = False
-        self.instead: Rows = {}
+        self.instead: Rows | None = None
         for part in model_parts:
             for name, module in plain_modules(part).items():
                 if is_sublayer(name):
@@ -63,10 +63,16 @@ class Inputs:
         tokens_T = tokens_P.index_select(0, places_T)
         if self.saving and not is_recomputing():
             self.save(f"{name}|in", tokens_T, rows=rows_TD.detach())
-        if name not in self.instead:
+        if self.instead is None:
             return None
+        if name not in self.instead:
+            raise RuntimeError(f"numerics.inputs_of: {name} has no captured inputs there")
         there_T, others_TD = self.instead[name]
-        chosen_TD = others_TD.index_select(0, torch.searchsorted(there_T, tokens_T.to(there_T.device)))
+        wanted_T = tokens_T.to(there_T.device)
+        rows_T = torch.searchsorted(there_T, wanted_T).clamp_max(len(there_T) - 1)
+        if not there_T[rows_T].equal(wanted_T):
+            raise RuntimeError(f"numerics.inputs_of: tokens of {name} are not all there: another batch")
+        chosen_TD = others_TD.index_select(0, rows_T)
         return (_replaced(x, chosen_TD), *args[1:]), kwargs
 
 

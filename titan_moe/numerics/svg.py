@@ -17,7 +17,8 @@ def lines(series: dict[str, Curve], *, log: bool = False, title: str = "") -> st
     """
     points = [(x, y) for curve in series.values() for x, y in curve if math.isfinite(y)]
     if not points or (log and not any(y > 0 for _, y in points)):
-        return _nothing("no difference" if points else "nothing to draw")
+        broken = any(not math.isfinite(y) for curve in series.values() for _, y in curve)
+        return _nothing("not a number" if broken else "no difference" if points else "nothing to draw")
     bottom, top = _range([y for _, y in points], log)
     first, last = min(x for x, _ in points), max(x for x, _ in points)
 
@@ -47,11 +48,13 @@ def heat(rows: Sequence[str], columns: Sequence[str], values: dict[tuple[str, st
     """A map of magnitudes on a log scale, with its scale below; white is 0, grey is unknown."""
     if not rows or not columns:
         return _nothing("nothing to draw")
-    cell, high = max(16, min(34, 380 // len(columns))), 15
+    cell, high = max(3, min(34, 380 // len(columns))), 15
     left = 24 + max(round(6.3 * len(row)) for row in rows)
     width, height = max(left + cell * len(columns) + 20, 420), high * len(rows) + 66
     present = [v for v in values.values() if v > 0 and math.isfinite(v)]
+    same = all(value == 0 for value in values.values())
     low, top = (math.log10(f(present)) for f in (min, max)) if present else (0.0, 0.0)
+    low = min(low, top - 1)  # a single value is not the palest
     drawn = []
     for i, row in enumerate(rows):
         drawn.append(_text(left - 6, i * high + 12, row, anchor="end", size=11))
@@ -59,24 +62,24 @@ def heat(rows: Sequence[str], columns: Sequence[str], values: dict[tuple[str, st
             value = values.get((row, column))
             words = f"{row}, step {column}: {'not there' if value is None else f'{value:.3g}'}"
             shade = _shade(value, low, top)
-            drawn.append(_rect(left + j * cell, i * high, cell - 1, high - 1, shade, words))
+            drawn.append(_rect(left + j * cell, i * high, max(cell - 1, 2), high - 1, shade, words))
     every = max(1, len(columns) // 12)
     for j in range(0, len(columns), every):
         middle = left + j * cell + cell / 2
         drawn.append(_text(middle, high * len(rows) + 14, columns[j], anchor="middle", size=11))
-    return _svg(width, height, [*drawn, *_scale(left, high * len(rows) + 26, low, top, bool(present))])
+    return _svg(width, height, [*drawn, *_scale(left, high * len(rows) + 26, low, top, same)])
 
 
 def bars(values: dict[str, float], *, log: bool = False, marked: Collection[str] = ()) -> str:
     """Horizontal bars in the order given; those in ``marked`` in the second colour."""
-    positive = [value for value in values.values() if value > 0 and math.isfinite(value)]
-    if not positive:
+    if all(value == 0 for value in values.values()):
         return _nothing("no difference" if values else "nothing to draw")
+    positive = [value for value in values.values() if value > 0 and math.isfinite(value)] or [1.0]
     left, bar, room = 24 + max(round(6.3 * len(name)) for name in values), 16, 240
     low, top = (math.log10(f(positive)) for f in (min, max))
     drawn = []
     for i, (name, value) in enumerate(values.items()):
-        part = 0.0 if value <= 0 else 1.0 if not math.isfinite(value) else value / max(positive)
+        part = 1.0 if not math.isfinite(value) else max(0.0, value / max(positive))
         if log and 0 < part < 1:
             part = 0.08 + 0.92 * (math.log10(value) - low) / max(top - low, 1e-9)
         color = COLORS[1] if name in marked else COLORS[0]
@@ -118,8 +121,8 @@ def _steps(first: float, last: float, across: Callable[[float], float]) -> list[
     ]
 
 
-def _scale(x: float, y: float, low: float, top: float, there: bool) -> list[str]:
-    if not there:
+def _scale(x: float, y: float, low: float, top: float, same: bool) -> list[str]:
+    if same:
         return [_text(x, y + 12, "no difference", size=11)]
     parts = [_rect(x + 12 * i, y, 12, 10, _mix(i / 9), "") for i in range(10)]
     ends = [_text(x + 100 * i, y + 24, f"{10**end:.1g}", size=11) for i, end in enumerate((low, top))]
