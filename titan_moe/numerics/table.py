@@ -35,7 +35,7 @@ DISPATCHERS = {
     PER_SLOT: "--moe.dispatcher=deepep --moe.deepep.combine=per_slot",
 }
 PRECISION = {"fp32": "--training.mixed_precision_param=float32", "bf16": ""}
-STEPS, STEPS_OF_SHAPES = 10, 20
+STEPS, STEPS_OF_SHAPES = 5, 20
 
 
 @dataclass(frozen=True, kw_only=True)
