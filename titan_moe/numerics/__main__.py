@@ -51,7 +51,6 @@ def _table(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _compare(args: argparse.Namespace, overrides: list[str]) -> int:
-    out = Path(args.out or tempfile.mkdtemp(prefix="numerics-"))
     sides = [Path(args.base), Path(args.candidate)]
     folders = [side.is_dir() for side in sides]
     if any(folders) and not all(folders):
@@ -60,13 +59,11 @@ def _compare(args: argparse.Namespace, overrides: list[str]) -> int:
         raise RunError("--stock, --replay-routing, --steps and overrides make runs; these are dump folders")
     if args.stock and args.replay_routing:
         raise RunError("--replay-routing with --stock: torchtitan's router takes no routes; leave one out")
-    if all(folders):
-        claim(out)
-        found = _folders(args, sides)
-    else:
-        base, candidate = Side.of(args.base), Side.of(args.candidate)  # before anything is deleted
-        claim(out)
-        found = _runs(args, base, candidate, out, overrides)
+    # All that can be refused is, before a folder is made or emptied.
+    named = None if all(folders) else (Side.of(args.base), Side.of(args.candidate))
+    out = Path(args.out or tempfile.mkdtemp(prefix="numerics-"))
+    claim(out)
+    found = _folders(args, sides) if named is None else _runs(args, *named, out, overrides)
     report.write_json(out / "report.json", found)
     page.write(out / "report.html", found)
     print(report.console(found))
