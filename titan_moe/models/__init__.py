@@ -6,7 +6,6 @@ from typing import Any
 
 from torchtitan.protocols.model_spec import ModelSpec
 
-from titan_moe.models.hugging_face.adapter import for_hugging_face
 from titan_moe.models.stock import keep_spec
 from titan_moe.models.swap import swap_spec
 
@@ -45,7 +44,7 @@ def build_spec(
         there = ", ".join(family.FLAVORS)
         near = _near(flavor, family.FLAVORS)
         raise ValueError(f"{flavor!r} is not a flavor of {name} (there are: {there}){near}")
-    spec = for_hugging_face(family.upstream_spec(family.FLAVORS[flavor]))
+    spec = family.upstream_spec(family.FLAVORS[flavor])
     if stock:
         return keep_spec(spec)
     return swap_spec(spec, dispatcher=dispatcher, dispatcher_options=dispatcher_options or {})
