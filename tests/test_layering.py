@@ -31,7 +31,7 @@ LAYERS: tuple[set[str], ...] = (
     {"router", "border", "load_balance", "dispatch.<backend>"},
     {"dispatch.<part>"},
     {"dispatch.ops", "dispatch.collectives", "dispatch.uniform"},
-    {"dispatch", "dispatch.base", "data", "device", "names"},
+    {"dispatch", "dispatch.base", "data", "device", "names", "checkpoint"},
 )
 NOT_BACKENDS = {"base", "ops", "collectives", "uniform"}
 # What the layers alone would let through.

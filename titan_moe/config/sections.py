@@ -19,6 +19,7 @@ from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.tools.utils import device_type
 from torchtitan.trainer import Trainer
 
+from titan_moe.checkpoint import CheckpointManager
 from titan_moe.data import TOKENIZER_DIR, TextDataLoader
 from titan_moe.numerics.section import Numerics
 from titan_moe.replay.section import RoutingReplay
@@ -188,6 +189,8 @@ class MoESection:
 class Root(Trainer.Config):
     """The whole file: every field of torchtitan's Trainer.Config, and our sections."""
 
+    # pyrefly: ignore[bad-override-mutable-attribute]
+    checkpoint: CheckpointManager.Config = field(default_factory=CheckpointManager.Config)
     # pyrefly: ignore[bad-override-mutable-attribute]
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     model: ModelSection

@@ -1,0 +1,117 @@
+"""Checkpoints that are looked at before they are trusted.
+
+A save that was cut short leaves no ``.metadata``: torchtitan then continues from the one before, and here
+says so. A damaged file would load as other numbers, since torch skips the CRCs that its archives carry: here
+they are checked, each rank its part of the entries, before anything is loaded.
+"""
+
+import io
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
+from torchtitan.components import checkpointer as upstream
+from torchtitan.tools import filesystem
+from torchtitan.tools.logging import logger
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that must not be loaded; names the file."""
+
+
+class CheckpointManager(upstream.CheckpointManager):
+    """torchtitan's manager (DCP, sync and async, Hugging Face), which checks what it loads."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(upstream.CheckpointManager.Config):
+        """torchtitan 0.3.0's fields, and ours."""
+
+        verify: bool = True  # read a local checkpoint once more before loading it, and check its CRCs
+
+    def __init__(self, config: Config, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        self.verify = config.verify
+
+    def _find_load_step(self, folder: str = "") -> int:
+        found = super()._find_load_step(folder)
+        for step in unfinished(Path(folder or self.folder), newer_than=found):
+            instead = f"continuing from step {found}" if found >= 0 else "there is none before it"
+            logger.warning(f"checkpoint of step {step} has no .metadata, its save did not finish; {instead}")
+        return found
+
+    def dcp_load(
+        self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
+    ) -> None:
+        """As torchtitan. Raises CheckpointError on all ranks, before anything is loaded."""
+        if self.verify and not from_hf and not filesystem.is_remote(checkpoint_id):
+            _raise_together(damage(Path(checkpoint_id), *_rank_and_size()))
+        super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+
+
+def unfinished(folder: Path, *, newer_than: int) -> list[int]:
+    """Steps after ``newer_than`` with a folder but no ``.metadata``, which is what a save writes last."""
+    steps = []
+    for entry in folder.glob("step-*"):
+        match = re.fullmatch(r"step-(\d+)", entry.name)
+        complete = any((entry / name).exists() for name in (".metadata", "model.safetensors.index.json"))
+        if match and not complete and int(match[1]) > newer_than:
+            steps.append(int(match[1]))
+    return sorted(steps)
+
+
+def damage(checkpoint: Path, rank: int, size: int) -> str | None:
+    """What is wrong with a DCP checkpoint, in one line, or None. Reads one of ``size`` parts of it."""
+    try:
+        entries = FileSystemReader(checkpoint).read_metadata().storage_data
+    except FileNotFoundError:
+        return f"{checkpoint}: no .metadata, so its save did not finish"
+    except Exception as error:  # a pickle: truncation shows as any of a dozen types
+        return f"{checkpoint / '.metadata'}: truncated or damaged ({type(error).__name__}: {error})"
+    named = sorted((info.relative_path, info.offset, info.length) for info in (entries or {}).values())
+    return _damaged_file(checkpoint, named) or _damaged_entry(checkpoint, named[rank::size])
+
+
+def _damaged_file(checkpoint: Path, entries: Iterable[tuple[str, int, int]]) -> str | None:
+    ends: dict[str, int] = {}
+    for path, offset, length in entries:
+        ends[path] = max(ends.get(path, 0), offset + length)
+    for path, end in ends.items():
+        file = checkpoint / path
+        if not file.is_file():
+            return f"{file}: missing"
+        if (there := file.stat().st_size) < end:
+            return f"{file}: truncated, {there} of {end} bytes"
+    return None
+
+
+def _damaged_entry(checkpoint: Path, entries: Iterable[tuple[str, int, int]]) -> str | None:
+    for path, offset, length in entries:
+        with (checkpoint / path).open("rb") as file:
+            file.seek(offset)
+            data = file.read(length)
+        try:
+            broken = zipfile.ZipFile(io.BytesIO(data)).testzip()
+        except zipfile.BadZipFile as error:
+            broken = str(error)
+        if broken is not None:
+            return f"{checkpoint / path}: damaged between bytes {offset} and {offset + length} ({broken})"
+    return None
+
+
+def _raise_together(problem: str | None) -> None:
+    problems: list[str | None] = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    first = next((found for found in problems if found is not None), None)
+    if first is not None:
+        raise CheckpointError(f"{first}; load another with checkpoint.load_step, or restore the file")
+
+
+def _rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
