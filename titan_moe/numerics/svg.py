@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from html import escape
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 560, 280, 64, 34, 14, 14
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 560, 280, 64, 34, 28, 14
 Curve = Sequence[tuple[float, float]]
 COLORS = ("#1f5fa8", "#d1571b", "#2d8a57")
 LOW, HIGH = (253, 240, 217), (153, 27, 27)  # of a map: pale, dark
@@ -38,9 +38,7 @@ def lines(series: dict[str, Curve], *, log: bool = False, title: str = "") -> st
             fill, words = "#fff" if log and y <= 0 else color, f"{escape(name)}, step {x:g}: {y:.6g}"
             circle = f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.6" fill="{fill}" stroke="{color}">'
             drawn.append(f"{circle}<title>{words}</title></circle>")
-        place = (WIDTH - RIGHT - 10, TOP + 18 + 16 * number)
-        drawn.append(_text(*place, name, anchor="end", color=color, bold=True))
-    drawn.append(_text(LEFT + 8, TOP + 18, title, bold=True))
+    drawn += [_text(LEFT, 16, title, bold=True), *_legend(list(series))]
     return _svg(WIDTH, HEIGHT, drawn)
 
 
@@ -89,6 +87,12 @@ def bars(values: dict[str, float], *, log: bool = False, marked: Collection[str]
     return _svg(left + room + 70, bar * len(values) + 8, drawn)
 
 
+def beside(left: str, right: str) -> str:
+    """Two plots of ``lines`` as one picture."""
+    moved = right.replace("<svg ", f'<svg x="{WIDTH + 20}" ', 1)
+    return _svg(2 * WIDTH + 20, HEIGHT, [left, moved])
+
+
 def _range(values: list[float], log: bool) -> tuple[float, float]:
     if log:
         positive = [value for value in values if value > 0]
@@ -119,6 +123,15 @@ def _steps(first: float, last: float, across: Callable[[float], float]) -> list[
         *(_text(across(step), HEIGHT - 14, str(step), anchor="middle") for step in steps),
         _text(WIDTH - RIGHT, HEIGHT - 1, "step", anchor="end", size=11),
     ]
+
+
+def _legend(names: list[str]) -> list[str]:
+    """Above the plot, from the right, in the order of ``names``."""
+    drawn, right = [], WIDTH - RIGHT
+    for number, name in reversed(list(enumerate(names))):
+        drawn.append(_text(right, 16, name, anchor="end", color=COLORS[number % len(COLORS)], bold=True))
+        right -= round(7.2 * len(name)) + 14
+    return drawn
 
 
 def _scale(x: float, y: float, low: float, top: float, same: bool) -> list[str]:
