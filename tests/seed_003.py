@@ -1,8 +1,8 @@
 """``python -m tests.seed_003``: the three pictures of pytorch/torchtitan#3604, from runs of ours.
 
 FSDP2 x TP2; FSDP2 x TP2 x EP2 with that bug planted in every MoE layer; the same without. One seed
-checkpoint, the default config (6 sequences of 128 tokens per data-parallel rank) in fp32. Left: the loss. Right:
-its difference from that of FSDP2 x TP2.
+checkpoint, the default config (6 sequences of 128 tokens per data-parallel rank) in fp32. Left: the loss;
+right: its difference from that of FSDP2 x TP2.
 """
 
 import sys

@@ -6,6 +6,7 @@ from typing import Any
 
 from torchtitan.protocols.model_spec import ModelSpec
 
+from titan_moe.models.hugging_face.adapter import for_hugging_face
 from titan_moe.models.stock import keep_spec
 from titan_moe.models.swap import swap_spec
 
@@ -44,7 +45,7 @@ def build_spec(
         there = ", ".join(family.FLAVORS)
         near = _near(flavor, family.FLAVORS)
         raise ValueError(f"{flavor!r} is not a flavor of {name} (there are: {there}){near}")
-    spec = family.upstream_spec(family.FLAVORS[flavor])
+    spec = for_hugging_face(family.upstream_spec(family.FLAVORS[flavor]))
     if stock:
         return keep_spec(spec)
     return swap_spec(spec, dispatcher=dispatcher, dispatcher_options=dispatcher_options or {})
