@@ -332,6 +332,7 @@ def test_resolved_holds_every_key_in_force(job: Callable[..., Job]) -> None:
     resolved = job("", "--training.steps 7").resolved
     assert resolved["training"]["steps"] == 7
     assert resolved["debug"]["seed"] == "none"
-    assert resolved["model"] == {"name": "deepseek_v3", "flavor": "debugmodel", "moe": "titan_moe"}
+    ours = {"moe": "titan_moe", "norm_eps": "none"}
+    assert resolved["model"] == {"name": "deepseek_v3", "flavor": "debugmodel"} | ours
     for section in keys_of(Trainer.Config):
         assert section in resolved

@@ -97,12 +97,15 @@ class _Builder:
             there = f"there are: {', '.join(flavors)}"
             close = nearest(model.flavor, flavors)
             self._fail("model.flavor", f"{model.flavor!r} is not a flavor of {model.name} ({there}){close}")
+        if model.norm_eps is not None and not 0 < model.norm_eps < 1:
+            self._fail("model.norm_eps", f"({model.norm_eps}) must be between 0 and 1")
         try:
             spec = models.build_spec(
                 model.name,
                 model.flavor,
                 dispatcher=moe.dispatcher,
                 dispatcher_options=options,
+                norm_eps=model.norm_eps,
                 stock=model.moe == "torchtitan",
             )
         except (ValueError, TypeError) as error:

@@ -175,6 +175,7 @@ class ModelSection:
     name: str
     flavor: str
     moe: Literal["titan_moe", "torchtitan"] = "titan_moe"  # whose layer; torchtitan's for comparisons
+    norm_eps: float | None = None  # of every norm; None: torchtitan's own
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@ import difflib
 import importlib
 from typing import Any
 
+from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.protocols.model_spec import ModelSpec
 
 from titan_moe.models.hugging_face.adapter import for_hugging_face
@@ -28,6 +29,7 @@ def build_spec(
     *,
     dispatcher: str = "local",
     dispatcher_options: dict[str, Any] | None = None,
+    norm_eps: float | None = None,
     stock: bool = False,
 ) -> ModelSpec:
     """A torchtitan ModelSpec of ``name``/``flavor`` with our MoE layer, sharding and load balancer.
@@ -35,6 +37,7 @@ def build_spec(
     Args:
         dispatcher: a name in ``titan_moe.dispatch.DISPATCHERS``.
         dispatcher_options: fields of that backend's Config beyond num_experts and top_k.
+        norm_eps: of every RMSNorm; None: torchtitan's own, which for DeepSeek is not Hugging Face's.
         stock: torchtitan's own MoE layer stays, and its dispatcher; for comparisons.
 
     Raises:
@@ -46,9 +49,18 @@ def build_spec(
         near = _near(flavor, family.FLAVORS)
         raise ValueError(f"{flavor!r} is not a flavor of {name} (there are: {there}){near}")
     spec = for_hugging_face(family.upstream_spec(family.FLAVORS[flavor]))
+    if norm_eps is not None:
+        set_norm_eps(spec, norm_eps)
     if stock:
         return keep_spec(spec)
     return swap_spec(spec, dispatcher=dispatcher, dispatcher_options=dispatcher_options or {})
+
+
+def set_norm_eps(spec: ModelSpec, eps: float) -> None:
+    """Of every RMSNorm, in place."""
+    norms: Any = spec.model.traverse(RMSNorm.Config)
+    for _, norm, _, _ in norms:
+        norm.eps = eps
 
 
 def _family(name: str) -> Any:
