@@ -30,6 +30,13 @@ CASES: dict[str, list[Case]] = {
             says=r"needs training.seq_len \(127\) to be a multiple of .*parallel_degree \(2\); use 126",
         ),
     ],
+    "stock_layer_needs_sp_beside_ep": [
+        Case(
+            passes=f"{_TP2} {_EP2} {_STOCK}",
+            fails=f"{_TP2} {_EP2} {_STOCK} --parallelism.no-enable-sequence-parallel",
+            says=r"cannot run .*expert_parallel_degree \(2\) with .*_degree \(2\) and enable_sequence_parallel",
+        ),
+    ],
     "stock_layer_routes_for_itself": [
         Case(
             passes="--routing_replay.mode record",

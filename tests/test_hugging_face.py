@@ -426,6 +426,9 @@ MESHES: dict[str, tuple[list[str], dict[str, Any], list[int]]] = {
 }
 
 
+SLOW_MESHES = ("FSDP 2, TP 2, several files", "EP 4, multi-token prediction")
+
+
 class TestRanks:
     def test_from_a_folder_on_ep_4_to_a_folder_that_generates(
         self, tmp_path: Path, tiny_flavor: Any, capsys: Any
@@ -456,7 +459,9 @@ class TestRanks:
         dcp.load(whole.state_dict(), checkpoint_id=run / "checkpoint" / "step-1")
         assert distance(our_logits(whole), hf_logits(open_folder(tmp_path / "exported"))) < TOLERANCE
 
-    @pytest.mark.parametrize("mesh", MESHES)
+    @pytest.mark.parametrize(
+        "mesh", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW_MESHES else []) for m in MESHES]
+    )
     def test_in_and_out_on(self, mesh: str, tmp_path: Path) -> None:
         """The same bits come out, and in between the logits are those of one rank."""
         arguments, changes, local_experts = MESHES[mesh]

@@ -99,9 +99,8 @@ class TestAdopted:
         assert stock["adopted"] == 0
         assert _numbers(stock) != _numbers(adopted)
 
-    @pytest.mark.parametrize(
-        "mode", [pytest.param("selective", marks=pytest.mark.slow), pytest.param("full")]
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("mode", ["selective", "full"])
     def test_checkpointed_blocks_without_tp_and_ep(self, folder: Path, mode: str) -> None:
         """torchtitan's hook halves the counts of blocks that it recomputes."""
         ours = _ours(folder, f"ours-{mode}", f"--activation_checkpoint.mode={mode}")

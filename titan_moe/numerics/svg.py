@@ -10,16 +10,19 @@ COLORS = ("#1f5fa8", "#d1571b", "#2d8a57")
 LOW, HIGH = (253, 240, 217), (153, 27, 27)  # of a map: pale, dark
 
 
-def lines(series: dict[str, Curve], *, log: bool = False, title: str = "") -> str:
+def lines(
+    series: dict[str, Curve], *, log: bool = False, decades: tuple[int, int] | None = None, title: str = ""
+) -> str:
     """Curves over steps; later ones are dashed, so that equal ones can be told.
 
-    With ``log``, decades are ticked; a value of 0 lies on the floor and is drawn hollow.
+    With ``log``, decades are ticked; a value of 0 lies on the floor and is drawn hollow. ``decades`` fixes
+    the axis of a log plot: from one power of ten to another.
     """
     points = [(x, y) for curve in series.values() for x, y in curve if math.isfinite(y)]
-    if not points or (log and not any(y > 0 for _, y in points)):
+    if not points or (log and not decades and not any(y > 0 for _, y in points)):
         broken = any(not math.isfinite(y) for curve in series.values() for _, y in curve)
         return _nothing("not a number" if broken else "no difference" if points else "nothing to draw")
-    bottom, top = _range([y for _, y in points], log)
+    bottom, top = decades or _range([y for _, y in points], log)
     first, last = min(x for x, _ in points), max(x for x, _ in points)
 
     def at(x: float, y: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from titan_moe.numerics.compare import Comparison, compare
 from titan_moe.numerics.load import Captured
-from titan_moe.numerics.runs import STOCK, Runs, Side
+from titan_moe.numerics.runs import STOCK, RunError, Runs, Side
 
 _CONFIGS = Path(__file__).parent.parent.parent / "train_configs"
 _TP4 = "--parallelism.tensor_parallel_degree=4 --training.local_batch_size=12"
@@ -122,7 +122,10 @@ def _mesh_cells(runs: Runs, line: Mesh, beyond: list[str]) -> Iterator[str]:
             yield ""
             continue
         first = _run(runs, f"{base} stock", f"{base_text} {STOCK}")
-        yield _cell(compare(first, _run(runs, f"{line.mesh} stock", f"{line.text} {STOCK}")))
+        try:
+            yield _cell(compare(first, _run(runs, f"{line.mesh} stock", f"{line.text} {STOCK}")))
+        except RunError:
+            yield "does not run"
 
 
 def _shape_cells(runs: Runs, line: Shape, beyond: list[str]) -> Iterator[str]:

@@ -25,6 +25,15 @@ def stock_layer_sees_whole_shards(facts: Facts) -> None:
         )
 
 
+def stock_layer_needs_sp_beside_ep(facts: Facts) -> None:
+    """Without SP, torchtitan 0.3.0 asks DTensor for a redistribution from S(1) to Partial, which it refuses."""
+    if facts.stock and facts.ep > 1 and facts.tp > 1 and not facts.parallelism.enable_sequence_parallel:
+        raise Broken(
+            f"{_KEY} cannot run parallelism.expert_parallel_degree ({facts.ep}) with tensor_parallel_degree "
+            f"({facts.tp}) and enable_sequence_parallel (False); leave SP on"
+        )
+
+
 def stock_layer_routes_for_itself(facts: Facts) -> None:
     """Its router has no place where ids could be put in."""
     replay = facts.plan.routing_replay
@@ -32,4 +41,9 @@ def stock_layer_routes_for_itself(facts: Facts) -> None:
         raise Broken(f"{_KEY} with routing_replay.mode {replay.mode!r}: only our router replays; use 'off'")
 
 
-RULES = (stock_layer_has_its_own_dispatcher, stock_layer_sees_whole_shards, stock_layer_routes_for_itself)
+RULES = (
+    stock_layer_has_its_own_dispatcher,
+    stock_layer_sees_whole_shards,
+    stock_layer_needs_sp_beside_ep,
+    stock_layer_routes_for_itself,
+)
