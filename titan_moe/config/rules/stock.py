@@ -26,7 +26,7 @@ def stock_layer_sees_whole_shards(facts: Facts) -> None:
 
 
 def stock_layer_needs_sp_beside_ep(facts: Facts) -> None:
-    """Without SP, torchtitan 0.3.0 asks DTensor for a redistribution from S(1) to Partial, which it refuses."""
+    """Without SP, torchtitan 0.3.0 wants DTensor to go from S(1) to Partial, which it refuses."""
     if facts.stock and facts.ep > 1 and facts.tp > 1 and not facts.parallelism.enable_sequence_parallel:
         raise Broken(
             f"{_KEY} cannot run parallelism.expert_parallel_degree ({facts.ep}) with tensor_parallel_degree "
