@@ -77,7 +77,7 @@ class Runs:
         """``overrides`` go to every run; ``progress`` is told a line now and then."""
         self.folder, self.steps, self.overrides, self.progress = folder, steps, overrides, progress
         self.timeout_s = timeout_s
-        self._made: dict[tuple[str, Side], Captured] = {}
+        self._made: dict[tuple[str, Side], Captured | RunError] = {}
         self._start: Path | None = None
 
     def captured(self, name: str, side: Side, *further: str) -> Captured:
@@ -91,8 +91,14 @@ class Runs:
                 *("--checkpoint.interval=1000000", '--checkpoint.exclude_from_loading=["dataloader"]'),
                 "--numerics.capture",
             )
-            self._made[key] = Captured(self._run(name, side.but(*self.overrides, *given, *further)))
-        return self._made[key]
+            try:
+                self._made[key] = Captured(self._run(name, side.but(*self.overrides, *given, *further)))
+            except RunError as error:
+                self._made[key] = error
+        made = self._made[key]
+        if isinstance(made, RunError):
+            raise made
+        return made
 
     def _seed(self, side: Side) -> Path:
         """A seed checkpoint of this model, made on one rank."""
