@@ -84,10 +84,12 @@ REPLAYS: dict[str, tuple[int, int, str, tuple[str, ...]]] = {
     "one-rank": (1, 6, "full", ()),
     "tp2": (4, 3, "selective", TP2),
 }
+SLOW = ("tp2", "ep4")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "tp2" else []) for name in REPLAYS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in ("tp2", "ep4") else []) for name in REPLAYS],
 )
 def test_a_trace_replays_on_another_mesh(folder: Path, recorded: list[float], name: str) -> None:
     ranks, batch, ac, mesh = REPLAYS[name]

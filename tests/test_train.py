@@ -108,11 +108,19 @@ MESHES = [
     (4, 2, 128, 3, ()),
     (4, 4, 127, 3, ()),
 ]
+IN_CI = [m for m in MESHES if m[:3] not in ((2, 1, 128), (2, 4, 127), (4, 1, 127), (4, 2, 128))]
 
 
 @pytest.mark.parametrize(
     ("tp", "ep", "seq_len", "batch", "further"),
-    [pytest.param(*m, id=f"tp{m[0]}-ep{m[1]}-L{m[2]}-B{m[3]}{'-no-sp' if m[4] else ''}") for m in MESHES],
+    [
+        pytest.param(
+            *m,
+            id=f"tp{m[0]}-ep{m[1]}-L{m[2]}-B{m[3]}{'-no-sp' if m[4] else ''}",
+            marks=[] if m in IN_CI else [pytest.mark.slow],
+        )
+        for m in MESHES
+    ],
 )
 def test_first_step_equals_one_rank(
     folder: Path,
@@ -202,6 +210,7 @@ def test_the_same_run_twice_has_the_same_bits(folder: Path) -> None:
 DEEPEP = "--moe.dispatcher=deepep"
 
 
+@pytest.mark.slow  # test_numerics compares the same two for a step
 def test_one_row_per_rank_follows_all_to_all(folder: Path, one_rank: dict[int, dict[str, Any]]) -> None:
     """fp32, from the seed checkpoint; the default way back rounds once more per rank."""
     shape = ("--training.seq_len=127", "--training.local_batch_size=3", "--training.steps=3")
@@ -209,6 +218,7 @@ def test_one_row_per_rank_follows_all_to_all(folder: Path, one_rank: dict[int, d
     _assert_same(candidates, one_rank[127], steps=3)
 
 
+@pytest.mark.slow  # test_numerics compares the same two for a step
 def test_all_rows_back_have_the_bits_of_all_to_all(folder: Path) -> None:
     shape = ("--training.steps=3", "--training.local_batch_size=2", "--training.seq_len=127")
     bits = []
