@@ -123,9 +123,9 @@ class StepDifference:
 
     def _after_a_flip(self, tokens: torch.Tensor) -> torch.Tensor:
         """Attention has carried a flip of an earlier layer to them."""
-        sequences = int(max(tokens.max(), self.flipped.max())) // self.seq_len + 1 if len(self.flipped) else 0
-        if not sequences or not len(tokens):
+        if not len(self.flipped) or not len(tokens):
             return torch.zeros_like(tokens, dtype=torch.bool)
+        sequences = int(max(tokens.max(), self.flipped.max())) // self.seq_len + 1
         never = torch.full((sequences,), torch.iinfo(torch.int64).max)
         first = never.scatter_reduce(0, self.flipped // self.seq_len, self.flipped, "amin")
         return tokens >= first[tokens // self.seq_len]
