@@ -496,12 +496,24 @@ def _alarm(world_size: int, timeout_s: float) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, max(0.01, others_left_s - (time.monotonic() - started)))
 
 
+class _AlwaysEmpty(dict[int, Any]):
+    """A cache that never answers."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
 class _StrictMode(LocalTensorMode):
     """LocalTensorMode that refuses what it would get wrong without a word.
 
     It takes a bool on which the ranks disagree for true, and carries out an all-to-all by its input splits
-    alone, whatever the output splits say.
+    alone, whatever the output splits say. It keys a mesh's coordinates by its id(), which the next mesh may
+    have: `mesh["tp"]` lives for one expression, and `mesh["dp"]` gets its address now and then.
     """
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__(world_size)
+        self._coordinate_cache = _AlwaysEmpty()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

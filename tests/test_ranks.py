@@ -158,6 +158,19 @@ def test_uneven_sequence_parallel_dtensor(mode: Mode) -> None:
         torch.testing.assert_close(grad_BLD, expected_BLD, rtol=1e-14, atol=0)
 
 
+def reuse_an_address(ctx: RankContext) -> list[Any]:
+    """Coordinates of slices that die at once, so that one slice may get the address of another."""
+    mesh = ctx.device_mesh((2, 2), ("dp", "tp"))
+    return [mesh[name].get_local_rank() for _ in range(50) for name in ("tp", "dp")]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_coordinates_of_short_lived_meshes(mode: Mode) -> None:
+    """LocalTensorMode's cache by id() would give "dp" the coordinates of a dead "tp"."""
+    for rank, coordinates in enumerate(run_ranks(reuse_an_address, 4, mode=mode)):
+        assert coordinates == [rank % 2, rank // 2] * 50
+
+
 def describe(ctx: RankContext) -> dict[str, Any]:
     """Context values, replicated tensors and per-rank ints."""
     weight = ctx.replicate(torch.ones(2)).requires_grad_()
