@@ -20,7 +20,7 @@ PACKAGE = "titan_moe"
 # Models sit on parallelize because torchtitan's ModelSpec carries its parallelize function.
 LAYERS: tuple[set[str], ...] = (
     {"bench"},
-    {"train", "override"},
+    {"train", "override", "plan"},
     {"config"},
     {"numerics", "metrics"},
     {"models"},

@@ -1,6 +1,6 @@
-"""run_train.sh, tests/run.sh, .ci/run and setup_env.sh, run for real with a fake Python on PATH.
+"""run_train.sh, run_slurm.sh, tests/run.sh, .ci/run and setup_env.sh, run for real with fakes on PATH.
 
-The fake logs each call and answers as the real one would: `-m venv` makes a folder with itself in it,
+The fake Python logs each call and answers as the real one would: `-m venv` makes a folder with itself in it,
 pip, the config check and torchrun do what FAKE_* variables say. Nothing here imports torch or titan_moe.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["run_train.sh", "tests/run.sh", ".ci/run"]
+COMMANDS = ["run_train.sh", "run_slurm.sh", "tests/run.sh", ".ci/run"]
 SCRIPTS = [*COMMANDS, "setup_env.sh"]
 DEFAULT_CONFIG = "train_configs/debug_fsdp_tp_ep.toml"
 
@@ -37,6 +37,9 @@ case "$1 $2" in
     "-m titan_moe.config")
         log "$@" "WORLD_SIZE=${WORLD_SIZE:-unset}" "NGPU=$NGPU" "NNODES=$NNODES"
         [ -z "${FAKE_CONFIG_ERROR:-}" ] || { echo "$FAKE_CONFIG_ERROR" >&2; exit 2; } ;;
+    "-m titan_moe.plan")
+        log "$@" "NGPU=$NGPU" "NNODES=$NNODES" "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-unset}"
+        exit "${FAKE_PLAN_STATUS:-0}" ;;
     "-m torch.distributed.run")
         log "$@" "OMP_NUM_THREADS=$OMP_NUM_THREADS"
         [ -z "${FAKE_LOSSES:-}" ] || printf '{"loss": %s}\n' $FAKE_LOSSES >"${@: -1}/metrics.jsonl"
@@ -286,6 +289,8 @@ def test_help_sets_nothing_up(checkout, arguments):
         "LOG_RANK",
         "NNODES",
         "RDZV_ENDPOINT",
+        "COMM_MODE",
+        "run_slurm.sh",
         "CONFIG_FILE",
         DEFAULT_CONFIG,
     ]:
@@ -367,10 +372,108 @@ def test_a_missing_config_is_one_line(checkout, name):
         ({"NGPU": "gpu"}, "NGPU (gpu) must be a positive integer"),
         ({"NNODES": "-1"}, "NNODES (-1) must be a positive integer"),
         ({"NNODES": "2"}, "set RDZV_ENDPOINT"),
+        ({"COMM_MODE": "fake"}, "COMM_MODE (fake) must be fake_backend"),
     ],
 )
 def test_an_impossible_launch_is_one_line(checkout, variables, words):
     assert_one_line(checkout.run("run_train.sh", **variables), 2, words)
+
+
+def test_the_call_of_the_plan(ready):
+    told = {"COMM_MODE": "fake_backend", "NGPU": "512", "CUDA_VISIBLE_DEVICES": "0,1"}
+    result = ready.run("run_train.sh", DEFAULT_CONFIG, "--memory-gib", "40", **told)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    (call,) = ready.calls("titan_moe.plan")
+    assert call == [DEFAULT_CONFIG, "--memory-gib", "40", "NGPU=512", "NNODES=1", "CUDA_VISIBLE_DEVICES="]
+    assert ready.calls("titan_moe.config") == ready.calls("torch.distributed.run") == []
+
+
+def test_a_plan_for_many_nodes_needs_none_of_them(ready):
+    assert ready.run("run_train.sh", COMM_MODE="fake_backend", NNODES="64", NGPU="8").returncode == 0
+    assert ready.calls("titan_moe.plan")[0][1:3] == ["NGPU=8", "NNODES=64"]
+
+
+def test_the_status_of_the_plan_is_the_scripts(ready):
+    assert ready.run("run_train.sh", COMM_MODE="fake_backend", FAKE_PLAN_STATUS="2").returncode == 2
+
+
+# --- run_slurm.sh ----------------------------------------------------------------------------------
+
+FAKE_SCONTROL = """#!/usr/bin/env bash
+[ "$*" = "show hostnames node[7-9]" ] || exit 1
+printf 'node7\\nnode8\\nnode9\\n'
+"""
+# Starts the task once, where the real one starts it on each node.
+FAKE_SRUN = r"""#!/usr/bin/env bash
+{ IFS='|'; echo "-m|srun|$*"; } >>"$FAKE_LOG"
+while [[ $1 == -* ]]; do case $1 in *=*) shift ;; *) shift 2 ;; esac; done
+exec "$@"
+"""
+JOB = {"SLURM_JOB_ID": "4012345", "SLURM_JOB_NODELIST": "node[7-9]", "SLURM_JOB_NUM_NODES": "3"}
+
+
+@pytest.fixture
+def cluster(ready: Checkout) -> Checkout:
+    """A clone on a machine with Slurm's commands."""
+    for name, text in {"scontrol": FAKE_SCONTROL, "srun": FAKE_SRUN}.items():
+        (ready.bin / name).write_text(text)
+        (ready.bin / name).chmod(0o755)
+    return ready
+
+
+def test_slurm_starts_one_task_per_node_and_each_meets_the_first(cluster):
+    result = cluster.run(
+        "run_slurm.sh", DEFAULT_CONFIG, "--training.steps", "3", **JOB, SLURM_GPUS_ON_NODE="4"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    (task,) = cluster.calls("srun")
+    options = "--nodes 3 --ntasks 3 --ntasks-per-node 1 --kill-on-bad-exit=1 bash"
+    script = str(cluster.root / "run_train.sh")
+    assert task == [*options.split(), script, DEFAULT_CONFIG, "--training.steps", "3"]
+    (call,) = cluster.calls("torch.distributed.run")
+    given = dict(itertools.pairwise(call))
+    assert (given["--nnodes"], given["--nproc-per-node"]) == ("3", "4")
+    assert given["--rdzv-endpoint"] == "node7:22345"
+    assert given["titan_moe.train"] == DEFAULT_CONFIG
+
+
+def test_slurm_runs_from_a_copy_and_keeps_what_is_set(cluster, tmp_path):
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    shutil.copy(cluster.root / "run_slurm.sh", spool / "slurm_script")
+    told = JOB | {"NGPU": "2", "RDZV_ENDPOINT": "node8:1", "SLURM_SUBMIT_DIR": str(cluster.root)}
+    copied = subprocess.run(
+        ["bash", str(spool / "slurm_script")],
+        cwd=cluster.root,
+        env=cluster.environment(**told),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (copied.returncode, copied.stderr) == (0, "")
+    given = dict(itertools.pairwise(cluster.calls("torch.distributed.run")[0]))
+    assert (given["--nproc-per-node"], given["--rdzv-endpoint"]) == ("2", "node8:1")
+    assert str(cluster.root / "run_train.sh") in cluster.calls("srun")[0]
+
+
+def test_slurm_sets_up_once_before_any_task(checkout):
+    for name, text in {"scontrol": FAKE_SCONTROL, "srun": "#!/bin/sh\nexit 0\n"}.items():
+        (checkout.bin / name).write_text(text)
+        (checkout.bin / name).chmod(0o755)
+    assert checkout.run("run_slurm.sh", **JOB).returncode == 0
+    assert len(checkout.calls("pip")) == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "status", "words"),
+    [
+        ({}, 2, "start this with sbatch --nodes N"),
+        (JOB | {"SLURM_JOB_NODELIST": "node["}, 1, "cannot read SLURM_JOB_NODELIST (node[)"),
+    ],
+)
+def test_slurm_without_a_job_is_one_line(cluster, variables, status, words):
+    assert_one_line(cluster.run("run_slurm.sh", **variables), status, words)
+    assert cluster.calls("srun") == []
 
 
 # --- tests/run.sh and .ci/run ----------------------------------------------------------------------
