@@ -11,7 +11,6 @@ from torchtitan.tools import utils
 
 from titan_moe import models
 from titan_moe.config import ConfigError, Job, load
-from titan_moe.config.rules import mesh
 from titan_moe.moe import MoE
 
 
@@ -32,9 +31,6 @@ class Case:
         """Loads both; the failure must say ``says``."""
         build_spec = models.build_spec
         monkeypatch.setattr(utils, "device_type", self.device)
-        monkeypatch.setattr(
-            mesh, "schedule_takes_microbatches", lambda: rule != "pipeline_takes_microbatches"
-        )
         if rule == "packages_are_installed":
             monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 

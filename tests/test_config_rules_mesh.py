@@ -1,18 +1,18 @@
 """Rules about ranks and experts: what each lets pass, what it refuses, and in which words."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from torchtitan.models.common.attention import VarlenAttention
 
 from tests.config_rule_case import Case, attention, experts, model, rows
 from titan_moe.config.rules import experts as expert_rules
 from titan_moe.config.rules import mesh
-from titan_moe.models.attention import PackedSDPA
 
 _P = "--parallelism."
 _PP2 = f"{_P}pipeline_parallel_degree 2"
 _LOOPED = f"{_PP2} {_P}pipeline_parallel_schedule Interleaved1F1B"
+_DUAL = f"{_PP2} {_P}pipeline_parallel_schedule DualPipeV --activation_checkpoint.mode none"
 
 CASES: dict[str, list[Case]] = {
     "degrees_are_positive": [
@@ -85,30 +85,29 @@ CASES: dict[str, list[Case]] = {
             says="at least 1",
         ),
     ],
-    "sequence_divides_over_cp": [
-        Case(
-            passes="--training.seq_len 127",
-            fails=f"--training.seq_len 127 {_P}context_parallel_degree 4",
-            says=r"seq_len \(127\) must be a multiple of 2 \* .*\(4\) = 8; use 120 or 128",
-        ),
-    ],
     "context_parallel_has_attention": [
         Case(
-            fails=f"{_P}context_parallel_degree 2",
-            edit_failing=attention(inner_attention=PackedSDPA.Config()),
-            says=r"context_parallel_degree \(2\) needs FlexAttention or plain SDPA",
+            passes=f"{_P}context_parallel_degree 2 --training.seq_len 256",
+            fails=f"{_P}context_parallel_degree 2 --training.seq_len 256",
+            edit_failing=attention(inner_attention=VarlenAttention.Config()),
+            says=r"context_parallel_degree \(2\) needs FlexAttention, which .* does not use; use 1",
         ),
         Case(
             passes=f"{_P}context_parallel_load_balancer none",
             fails=f"{_P}context_parallel_load_balancer headtial",
             says=r"load_balancer \(headtial\) must be 'headtail', 'ptrr' or 'none'",
         ),
+    ],
+    "sequence_divides_over_cp": [
         Case(
-            passes=f"{_P}context_parallel_degree 2",
-            edit_passing=attention(inner_attention=SimpleNamespace()),
-            fails=f"{_P}context_parallel_degree 2 {_P}context_parallel_load_balancer ptrr",
-            edit_failing=attention(inner_attention=SimpleNamespace()),
-            says=r"load_balancer \(ptrr\) needs FlexAttention",
+            passes="--training.seq_len 127",
+            fails=f"--training.seq_len 600 {_P}context_parallel_degree 4",
+            says=r"seq_len \(600\) must be a multiple of .*\(4\) \* 128 .* = 512; use 512 or 1024",
+        ),
+        Case(
+            passes=f"--training.seq_len 256 {_P}context_parallel_degree 2",
+            fails=f"--training.seq_len 127 {_P}context_parallel_degree 2",
+            says=r"= 256; use 256",
         ),
     ],
     "pipeline_has_stages": [
@@ -127,6 +126,16 @@ CASES: dict[str, list[Case]] = {
             says=r"csv \(/nope.csv\): no such file",
         ),
         Case(
+            passes=f"{_PP2} {_P}pipeline_parallel_schedule gpipe",
+            fails=f"{_PP2} {_P}pipeline_parallel_schedule PipelineScheduleMulti",
+            says=r"schedule \(PipelineScheduleMulti\) needs parallelism.pipeline_parallel_schedule_csv",
+        ),
+        Case(
+            passes=f"{_LOOPED} {_P}pipeline_parallel_layers_per_stage 1",
+            fails=f"{_DUAL} {_P}pipeline_parallel_layers_per_stage 1",
+            says=r"makes 8 stages of 8 layers, .* wants exactly 2 per rank; use 2",
+        ),
+        Case(
             passes=f"{_PP2} {_P}pipeline_parallel_layers_per_stage 4",
             fails=f"{_PP2} {_P}pipeline_parallel_layers_per_stage 2",
             says=r"layers_per_stage \(2\) makes 4 stages of 8 layers, .* wants exactly 1 per rank; use 4",
@@ -134,7 +143,7 @@ CASES: dict[str, list[Case]] = {
         Case(
             passes=f"{_LOOPED} {_P}pipeline_parallel_layers_per_stage 2",
             fails=f"{_LOOPED} {_P}pipeline_parallel_layers_per_stage 4",
-            says=r"layers_per_stage \(4\) makes 2 stages of 8 layers, .* wants 2 or more per rank; use 2",
+            says=r"layers_per_stage \(4\) makes 2 stages of 8 layers, .* wants at least 2 per rank; use 2",
         ),
         Case(
             passes=f"{_P}pipeline_parallel_degree 8",
@@ -144,8 +153,30 @@ CASES: dict[str, list[Case]] = {
             says=r"pipeline_parallel_degree \(16\) makes 16 stages for the 8 layers",
         ),
     ],
-    "pipeline_takes_microbatches": [
-        Case(fails=_PP2, says=r"pipeline_parallel_degree \(2\): torchtitan 0.3.0 calls step\(arg_mbs=...\)"),
+    "microbatches_suit_the_schedule": [
+        Case(
+            passes=f"{_PP2} --training.local_batch_size 2",
+            fails=f"{_PP2} --training.local_batch_size 1",
+            says=r"local_batch_size \(1\) .* = 1 microbatches are fewer than the 2 stages .*; use .* = 2",
+        ),
+        Case(
+            passes=f"{_DUAL} --training.local_batch_size 4",
+            fails=f"{_DUAL} --training.local_batch_size 3",
+            says=r"= 3 microbatches are fewer than the 4 stages",
+        ),
+        Case(
+            passes=f"{_LOOPED} --training.local_batch_size 8 {_P}pipeline_parallel_microbatch_size 2",
+            fails=f"{_LOOPED} --training.local_batch_size 10 {_P}pipeline_parallel_microbatch_size 2",
+            says=r"= 5 microbatches do not fill the 2 rounds .*; use training.local_batch_size = 8",
+        ),
+    ],
+    "split_backward_recomputes_whole": [
+        Case(
+            passes=f"{_LOOPED} --activation_checkpoint.mode selective",
+            fails=f"{_PP2} {_P}pipeline_parallel_schedule {schedule} --activation_checkpoint.mode selective",
+            says=rf"mode \(selective\) keeps activations for one backward, and .*\({schedule}\) runs two",
+        )
+        for schedule in ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
     ],
     "fsdp_splits_experts_evenly": [
         Case(

@@ -13,11 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import and_masks, create_block_mask
 from torchtitan.models.common import moe as upstream
 from torchtitan.models.common.attention import (
     FlexAttention,
     VarlenAttention,
-    create_varlen_metadata_for_document,
+    get_causal_mask_mod,
+    get_document_mask_mod,
 )
 
 from titan_moe.dispatch import DISPATCHERS
@@ -324,8 +326,8 @@ class TestBuildSpec:
         layers = moe_configs(spec.model).values()
         assert layers
         assert all(type(moe) is MoE.Config for moe in layers)
-        assert not list(spec.model.traverse(FlexAttention.Config))
-        kinds = {type(attention) for _, attention, _, _ in spec.model.traverse(VarlenAttention.Config)}
+        assert not list(spec.model.traverse(VarlenAttention.Config))
+        kinds = {type(attention) for _, attention, _, _ in spec.model.traverse(FlexAttention.Config)}
         assert kinds == {PackedSDPA.Config}
 
     @pytest.mark.parametrize("name", MODELS)
@@ -458,9 +460,10 @@ class TestPackedSDPA:
         return inputs, draw((HEADS[heads]["q"][0], HEADS[heads]["v"][1]))
 
     def _attend(self, inputs: list[Tensor], heads: str, scale: float | None) -> Tensor:
-        metadata = create_varlen_metadata_for_document(positions())
+        rule = and_masks(get_causal_mask_mod(), get_document_mask_mod(positions()))
+        mask = create_block_mask(rule, len(DOCUMENTS), None, 10, 10, device="cpu")
         attention: Any = PackedSDPA.Config().build()
-        return attention(*inputs, attention_masks=metadata, scale=scale, enable_gqa=heads == "gqa")
+        return attention(*inputs, attention_masks=mask, scale=scale, enable_gqa=heads == "gqa")
 
 
 class TestSwapAttention:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from tests.ranks import RankContext
 from titan_moe.config import load
 from titan_moe.moe import MoE
+from titan_moe.names import plain_name
 from titan_moe.train import Trainer
 
 NUM_LAYERS = 3  # one dense, two MoE: what repeats is enough once
@@ -22,7 +23,7 @@ NUM_LAYERS = 3  # one dense, two MoE: what repeats is enough once
 def train(
     ctx: RankContext,
     argv: list[str],
-    gradients: str | None = None,
+    reference: str | None = None,
     sabotage: Callable[[list[MoE]], None] | None = None,
     num_layers: int = NUM_LAYERS,
 ) -> dict[str, Any]:
@@ -30,16 +31,18 @@ def train(
 
     Args:
         argv: Config file and overrides.
-        gradients: A file for the whole gradients of the first step, by parameter name. Where it exists,
-            they are compared with it instead, and "gradient_errors" says how far off each is.
+        reference: A folder for the whole gradients of the first step, and the whole parameters before it and
+            after the last, by name. Where it exists, they are compared with it instead: "gradient_errors" and
+            "parameter_errors".
         sabotage: Done to the model's MoE layers before the first step.
         num_layers: The model is cut to these.
 
     Returns:
         "records" of metrics.jsonl; "expert_bias" per layer; "first_bias" and "first_load" (counts) per
-        layer, after one step;
+        layer, after one step; "gradient_errors" and "parameter_errors" by name: the distance relative to
+        the gradient, and to what the parameter moved;
         "replicas_differ": names of parameters that are replicated over TP and do not have the same bits
-        there; "none_gradients" of the first step.
+        there; "none_gradients" of the first step. Under PP a rank tells of its own stages.
     """
     gc.collect()  # torchtitan switches the collector off, and the previous body's trainer is a cycle
     os.environ |= {"RANK": str(ctx.rank), "LOCAL_RANK": str(ctx.rank), "WORLD_SIZE": str(ctx.world_size)}
@@ -48,14 +51,19 @@ def train(
     model.layers = model.layers[:num_layers]
     trainer = Trainer(Trainer.Config.of(job))
     if sabotage is not None:
-        sabotage([module for module in trainer.model_parts[0].modules() if isinstance(module, MoE)])
+        sabotage([m for part in trainer.model_parts for m in part.modules() if isinstance(m, MoE)])
     results: dict[str, Any] = {}
-    trainer.optimizers.register_step_pre_hook(lambda *_: _watch_first_step(trainer, gradients, results))
+    known = reference is not None and os.path.isdir(reference)
+    whole: dict[str, Any] | None = {} if reference is not None else None
+    trainer.optimizers.register_step_pre_hook(lambda *_: _watch_first_step(trainer, whole, results))
     try:
         if job.trainer.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
             trainer.train()
+        if reference is not None and whole is not None:
+            whole["end"] = _whole(trainer)
+            results |= _compare(whole, reference) if known else _keep(whole, reference)
     finally:
         trainer.close()
     records = Path(job.trainer.dump_folder) / "metrics.jsonl"
@@ -67,28 +75,57 @@ def train(
     return results
 
 
-def _watch_first_step(trainer: Trainer, file: str | None, results: dict[str, Any]) -> None:
+def _watch_first_step(trainer: Trainer, whole: dict[str, Any] | None, results: dict[str, Any]) -> None:
     if "none_gradients" in results:
         return
-    named = {_plain(name): p.grad for name, p in trainer.model_parts[0].named_parameters()}
-    results["none_gradients"] = [name for name, gradient in named.items() if gradient is None]
+    results["none_gradients"] = [name for name, p in _parameters(trainer) if p.grad is None]
     results["first_bias"] = _expert_bias(trainer)
     balancer = getattr(trainer.optimizers, "load_balancer", None)  # None: torchtitan's own layers
     results["first_load"] = (
         {fqn: load_E.clone() for fqn, load_E in balancer.last_load.items()} if balancer else {}
     )
-    if file is None:
-        return
-    whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in named.items()}
-    if os.path.exists(file):
-        expected = torch.load(file)
-        assert expected.keys() == whole.keys()
-        results["gradient_errors"] = {
-            name: ((whole[name] - g).norm() / g.norm().clamp_min(1e-30)).item()
-            for name, g in expected.items()
-        }
-    elif dist.get_rank() == 0:
-        torch.save(whole, file)
+    if whole is not None:
+        whole |= {"start": _whole(trainer), "gradients": _whole(trainer, of_gradients=True)}
+
+
+def _keep(whole: dict[str, dict[str, torch.Tensor]], reference: str) -> dict[str, Any]:
+    """Each rank's own file: under PP it has its stages."""
+    os.makedirs(reference, exist_ok=True)
+    torch.save(whole, f"{reference}/{dist.get_rank()}.pt")
+    return {}
+
+
+def _compare(whole: dict[str, dict[str, torch.Tensor]], reference: str) -> dict[str, Any]:
+    theirs: dict[str, dict[str, torch.Tensor]] = {key: {} for key in whole}
+    for file in sorted(Path(reference).iterdir()):
+        for key, tensors in torch.load(file, mmap=True).items():
+            theirs[key] |= tensors
+    return {
+        "names": list(theirs["gradients"]),
+        "gradient_errors": {
+            name: _distance(ours, theirs["gradients"][name], theirs["gradients"][name])
+            for name, ours in whole["gradients"].items()
+        },
+        "parameter_errors": {
+            name: _distance(ours, theirs["end"][name], theirs["end"][name] - theirs["start"][name])
+            for name, ours in whole["end"].items()
+        },
+    }
+
+
+def _distance(ours: torch.Tensor, theirs: torch.Tensor, scale: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / scale.norm().clamp_min(1e-30)).item()
+
+
+def _whole(trainer: Trainer, *, of_gradients: bool = False) -> dict[str, torch.Tensor]:
+    """Parameters or gradients of this rank's stages, gathered, by name. Collective."""
+    named = {name: p.grad if of_gradients else p.detach() for name, p in _parameters(trainer)}
+    held = {name: tensor for name, tensor in named.items() if tensor is not None}
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in held.items()}
+
+
+def _parameters(trainer: Trainer) -> list[tuple[str, Any]]:
+    return [(plain_name(name), p) for part in trainer.model_parts for name, p in part.named_parameters()]
 
 
 def _expert_bias(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -101,16 +138,12 @@ def _replicas_differ(trainer: Trainer) -> list[str]:
     if tp is None:
         return []
     found = []
-    for name, parameter in trainer.model_parts[0].named_parameters():
+    for name, parameter in _parameters(trainer):
         axes = parameter.device_mesh.mesh_dim_names
         if "tp" in axes and parameter.placements[axes.index("tp")] == Replicate():
             local = parameter.to_local().contiguous()
             copies = [torch.empty_like(local) for _ in range(tp.size())]
             dist.all_gather(copies, local, group=tp.get_group())
             if not all(torch.equal(copy, local) for copy in copies):
-                found.append(_plain(name))
+                found.append(name)
     return found
-
-
-def _plain(name: str) -> str:
-    return name.replace("_checkpoint_wrapped_module.", "")

@@ -5,6 +5,8 @@ returns at its first line. Two more CPU facts live where their code is: FSDP's r
 (parallelize.py) and attention (models/attention.py).
 """
 
+import functools
+import inspect
 import logging
 import os
 import platform
@@ -12,11 +14,13 @@ import resource
 import sys
 import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.pipelining import PipelineStage, schedules
 
 
 def fill_gaps() -> None:
@@ -24,8 +28,56 @@ def fill_gaps() -> None:
     if not hasattr(dist, "set_timeout"):
         # distributed/utils.py, set_pg_timeouts, on any device: public in torch 2.14, private in 2.13.
         setattr(dist, "set_timeout", distributed_c10d._set_pg_timeout)  # noqa: B010
+    for schedule in (schedules.PipelineScheduleSingle, schedules.PipelineScheduleMulti):
+        if "arg_mbs" not in inspect.signature(schedule.step).parameters:
+            setattr(schedule, "step", _step_by_microbatch)  # noqa: B010
+    if not hasattr(PipelineStage._compute_outputs, "__wrapped__"):
+        setattr(PipelineStage, "_compute_outputs", _leaving_buffers(PipelineStage._compute_outputs))  # noqa: B010
     if not torch.accelerator.is_available():
         _become_cpu()
+
+
+def _leaving_buffers(compute_outputs: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline stage learns its shapes by a whole forward: an MoE layer would count made-up tokens."""
+
+    @functools.wraps(compute_outputs)
+    def compute(self: Any, *args: Any, module: torch.nn.Module, **kwargs: Any) -> Any:
+        before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        outputs = compute_outputs(self, *args, module=module, **kwargs)
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        return outputs
+
+    return compute
+
+
+def _step_by_microbatch(
+    self: Any,
+    *,
+    arg_mbs: list[tuple[torch.Tensor, ...]] | None = None,
+    kwarg_mbs: list[dict[str, Any]] | None = None,
+    target_mbs: list[torch.Tensor] | None = None,
+    target: None = None,
+    losses: list[torch.Tensor] | None = None,
+    loss_kwargs: dict[str, Any] | None = None,
+    return_outputs: bool = False,
+) -> None:
+    """A pipeline schedule's step on microbatches that are already apart, as torch 2.14 has it.
+
+    trainer.py, pp_forward_backward_step, and validate.py call it so; torch 2.13's own cuts a whole batch.
+
+    Args:
+        target: None; what torch 2.13's ``eval`` adds.
+    """
+    if return_outputs or target is not None:
+        raise TypeError("torchtitan 0.3.0 asks a pipeline schedule for losses, not for outputs")
+    if self._has_backward and not torch.is_grad_enabled():
+        raise RuntimeError("a pipeline schedule's step needs gradients; eval is the one without")
+    for stage in getattr(self, "_stages", None) or [self._stage]:
+        stage.has_backward = self._has_backward
+        stage.clear_runtime_states()
+    self._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, losses, False, loss_kwargs=loss_kwargs)
 
 
 def _become_cpu() -> None:

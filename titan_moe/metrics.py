@@ -20,8 +20,10 @@ class MetricsProcessor(upstream.MetricsProcessor):
 
     def __init__(self, config: Config, *, dump_folder: str, pp_schedule: str = "1F1B", **kwargs: Any) -> None:
         super().__init__(config, dump_folder=dump_folder, pp_schedule=pp_schedule, **kwargs)
-        rank = upstream._get_metrics_rank(parallel_dims=self.parallel_dims, pp_schedule=pp_schedule)
-        self.writes = dist.get_rank() == rank
+        self.writes = dist.get_rank() == 0
+        # In a schedule that goes down and up again, the last stage is the first rank's.
+        folded = pp_schedule.lower() in ("zbvzerobubble", "dualpipev")
+        self.last_stage = 0 if folded or not self.parallel_dims.pp_enabled else self.parallel_dims.pp - 1
         self.file = Path(dump_folder) / "metrics.jsonl"
         self.file_is_ours = False
 
@@ -33,10 +35,10 @@ class MetricsProcessor(upstream.MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """Called on every rank, at logged steps. Gathers load and traffic of all pipeline stages."""
+        """Called on every rank, at logged steps. Gathers loss, load and traffic of all pipeline stages."""
         record = {
             "step": step,
-            "loss": global_avg_loss,
+            "loss": self._of_all_stages(global_avg_loss)[self.last_stage],
             "grad_norm": grad_norm,
             "tokens_per_second": self._tokens_per_second(),
             "lr": {
@@ -69,7 +71,7 @@ class MetricsProcessor(upstream.MetricsProcessor):
         stages = self._of_all_stages({} if balancer is None else balancer.report_traffic())
         return {key: sum(stage[key] for stage in stages) for key in stages[0]}
 
-    def _of_all_stages(self, report: dict[str, Any]) -> list[dict[str, Any]]:
+    def _of_all_stages(self, report: Any) -> list[Any]:
         if not self.parallel_dims.pp_enabled:
             return [report]
         stages: list[Any] = [None] * self.parallel_dims.pp

@@ -172,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         output_dir=job.trainer.dump_folder,
         enable=job.trainer.debug.enable_structured_logging,
     )
+    # Under PP torchtitan asks for the console of the last stage; here rank 0 shows its loss (metrics.py).
+    os.environ["LOG_RANK"] = ",".join(map(str, range(int(os.environ.get("WORLD_SIZE", "1")))))
     run(Trainer.Config.of(job))
     logger.info(f"metrics: {Path(job.trainer.dump_folder) / 'metrics.jsonl'}")
 

@@ -5,25 +5,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torchtitan.models.common.attention import FlexAttention, VarlenAttention, VarlenMetadata
+from torch.distributed.tensor.experimental._context_parallel import _attention as context_parallel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torchtitan.models.common import attention as upstream
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module
 from torchtitan.tools.utils import device_type
 
 
-class PackedSDPA(VarlenAttention):
-    """Causal inside each document, by SDPA with a boolean mask.
+class PackedSDPA(FlexAttention):
+    """FlexAttention's mask, by SDPA with booleans.
 
-    A VarlenAttention for torchtitan: its trainer and validator then hand over the document borders
-    they derive from ``positions``.
+    A FlexAttention for torchtitan: its trainer and validator then make the BlockMask of the documents in
+    ``positions``, and context parallelism cuts it and gathers keys and values, as on a GPU.
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(VarlenAttention.Config):
-        """No keys of its own."""
+    class Config(FlexAttention.Config):
+        """FlexAttention's fields; the kernel's mean nothing here."""
 
     def __init__(self, config: Config) -> None:
-        Module.__init__(self)  # VarlenAttention's own picks a flash kernel
+        Module.__init__(self)
 
     def forward(
         self,
@@ -31,14 +34,16 @@ class PackedSDPA(VarlenAttention):
         k_BLNH: torch.Tensor,
         v_BLNH: torch.Tensor,
         *,
-        attention_masks: VarlenMetadata,
+        attention_masks: BlockMask,
         scale: float | None = None,
         enable_gqa: bool = False,
         **_: object,
     ) -> torch.Tensor:
-        """``(B, L, heads, head dim)``; the metadata's document borders count flattened B * L tokens."""
+        """``(B, L, heads, head dim)``; under CP keys and values are longer than queries."""
         q_BNLH, k_BNLH, v_BNLH = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
-        mask_B1LL = _same_document_and_causal(attention_masks.cu_seq_q, *q_BLNH.shape[:2])
+        mask_B1LL = create_mask(
+            attention_masks.mask_mod, len(q_BNLH), None, q_BNLH.shape[2], k_BNLH.shape[2], q_BNLH.device
+        )
         out_BNLH = F.scaled_dot_product_attention(
             q_BNLH, k_BNLH, v_BNLH, attn_mask=mask_B1LL, scale=scale, enable_gqa=enable_gqa
         )
@@ -49,15 +54,10 @@ def swap_attention(model: BaseModel.Config) -> None:
     """On CPU, replaces Flex and Varlen attention, in place."""
     if device_type != "cpu":
         return
+    # Compiling the making of a mask takes longer than a run here.
+    for module in (upstream, context_parallel):
+        module._compiled_create_block_mask = create_block_mask
     for kind in (FlexAttention.Config, VarlenAttention.Config):
         found: list[Any] = list(model.traverse(kind))
         for _, _, parent, attr in found:
             setattr(parent, attr, PackedSDPA.Config())
-
-
-def _same_document_and_causal(starts: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor:
-    tokens = torch.arange(batch_size * seq_len, device=starts.device)
-    document_BL = torch.bucketize(tokens, starts.to(tokens.dtype), right=True).view(batch_size, seq_len)
-    same_BLL = document_BL.unsqueeze(2) == document_BL.unsqueeze(1)
-    causal_LL = torch.ones(seq_len, seq_len, dtype=torch.bool, device=starts.device).tril()
-    return (same_BLL & causal_LL).unsqueeze(1)

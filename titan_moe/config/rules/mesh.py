@@ -1,13 +1,22 @@
 """Rules about ranks: degrees, batches, sequences, pipeline stages, and what FSDP can split."""
 
-import inspect
 import math
 import os
 from typing import Any
 
-import torch
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
-from torchtitan.models.common.attention import FlexAttention, VarlenAttention
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+    get_schedule_class,
+)
+from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.models.common.attention import FlexAttention
 
 from titan_moe.config.rules.facts import Broken, Facts, divisors
 
@@ -19,6 +28,9 @@ _DEGREES = {
     "pipeline_parallel_degree": 1,
     "expert_parallel_degree": 1,
 }
+
+_FOLDED = (ScheduleZBVZeroBubble, ScheduleDualPipeV)  # down the ranks and up again: two stages each
+_SPLIT = (*_FOLDED, ScheduleInterleavedZeroBubble)  # backward for inputs, and later for weights
 
 
 def degrees_are_positive(facts: Facts) -> None:
@@ -109,37 +121,30 @@ def sequence_fits_rope(facts: Facts) -> None:
         )
 
 
-def sequence_divides_over_cp(facts: Facts) -> None:
-    """The load-balanced split gives each CP rank a head and a tail chunk. TP has no such rule here."""
-    chunks = 2 * facts.cp
-    if facts.cp > 1 and facts.training.seq_len % chunks:
-        below = facts.training.seq_len // chunks * chunks
-        raise Broken(
-            f"{facts.show('training.seq_len')} must be a multiple of 2 * "
-            f"{facts.show('parallelism.context_parallel_degree')} = {chunks}; "
-            f"use {f'{below} or ' if below else ''}{below + chunks}"
-        )
-
-
 def context_parallel_has_attention(facts: Facts) -> None:
-    """torchtitan's CP wraps Flex and plain SDPA; varlen, which is what runs on CPU, is refused by it."""
+    """torchtitan's CP cuts FlexAttention's mask; it refuses varlen."""
     balancer = facts.parallelism.context_parallel_load_balancer
     if balancer not in ("headtail", "ptrr", None):
         raise Broken(
             f"{facts.show('parallelism.context_parallel_load_balancer')} must be 'headtail', 'ptrr' or 'none'"
         )
-    if facts.cp == 1:
-        return
     attention = getattr(facts.model.first_attention, "inner_attention", None)
-    if isinstance(attention, VarlenAttention.Config):
+    if facts.cp > 1 and not isinstance(attention, FlexAttention.Config):
         raise Broken(
-            f"{facts.show('parallelism.context_parallel_degree')} needs FlexAttention or plain SDPA, and on "
-            f"{facts.device} {facts.flavor} runs another attention; use 1, or a GPU"
+            f"{facts.show('parallelism.context_parallel_degree')} needs FlexAttention, which {facts.flavor} "
+            "does not use; use 1"
         )
-    if balancer == "ptrr" and not isinstance(attention, FlexAttention.Config):
+
+
+def sequence_divides_over_cp(facts: Facts) -> None:
+    """A CP rank takes whole blocks of the mask. TP has no such rule here."""
+    whole = _DEFAULT_SPARSE_BLOCK_SIZE * facts.cp
+    if facts.cp > 1 and facts.training.seq_len % whole:
+        below = facts.training.seq_len // whole * whole
         raise Broken(
-            f"{facts.show('parallelism.context_parallel_load_balancer')} needs FlexAttention, which "
-            f"{facts.flavor} does not use; set 'headtail'"
+            f"{facts.show('training.seq_len')} must be a multiple of "
+            f"{facts.show('parallelism.context_parallel_degree')} * {_DEFAULT_SPARSE_BLOCK_SIZE} (a block of "
+            f"FlexAttention's mask) = {whole}; use {f'{below} or ' if below else ''}{below + whole}"
         )
 
 
@@ -154,29 +159,52 @@ def pipeline_has_stages(facts: Facts) -> None:
     if csv and not os.path.isfile(csv):
         raise Broken(f"{facts.show('parallelism.pipeline_parallel_schedule_csv')}: no such file")
     try:
-        schedule = get_schedule_class(facts.parallelism.pipeline_parallel_schedule)
+        schedule = _schedule(facts)
     except ValueError as error:
         raise Broken(f"{facts.show('parallelism.pipeline_parallel_schedule')}: {error}") from None
+    if schedule in (PipelineScheduleSingle, PipelineScheduleMulti) and not csv:
+        raise Broken(
+            f"{facts.show('parallelism.pipeline_parallel_schedule')} needs "
+            "parallelism.pipeline_parallel_schedule_csv, which says what runs when; name one, or use '1F1B'"
+        )
     if facts.parallelism.module_fqns_per_model_part is None:
-        _stages_fit(facts, single=issubclass(schedule, PipelineScheduleSingle))
+        _stages_fit(facts, schedule)
 
 
-def _stages_fit(facts: Facts, *, single: bool) -> None:
+def _schedule(facts: Facts) -> type:
+    return get_schedule_class(facts.parallelism.pipeline_parallel_schedule)
+
+
+def _layers(facts: Facts) -> int:
     """torchtitan counts the embedding and the head as that many layers of the first and last stage."""
     first = facts.parallelism.pipeline_parallel_first_stage_less_layers
-    last = facts.parallelism.pipeline_parallel_last_stage_less_layers
-    layers = len(facts.model.layers) + first + last
-    stages = facts.pp if single else 2 * facts.pp
+    return len(facts.model.layers) + first + facts.parallelism.pipeline_parallel_last_stage_less_layers
+
+
+def _stages(facts: Facts) -> int:
+    """Of all ranks."""
+    if facts.parallelism.module_fqns_per_model_part is not None:
+        return len(facts.parallelism.module_fqns_per_model_part)
     per_stage = facts.parallelism.pipeline_parallel_layers_per_stage
     if per_stage is not None:
-        wanted, stages = stages, math.ceil(layers / per_stage)
-        if stages % facts.pp or (stages != wanted if single else stages < wanted):
-            raise Broken(
-                f"{facts.show('parallelism.pipeline_parallel_layers_per_stage')} makes {stages} stages of "
-                f"{layers} layers, but {facts.show('parallelism.pipeline_parallel_schedule')} on "
-                f"{facts.show('parallelism.pipeline_parallel_degree')} wants "
-                f"{'exactly 1' if single else '2 or more'} per rank; use {math.ceil(layers / wanted)}"
-            )
+        return math.ceil(_layers(facts) / per_stage)
+    return facts.pp if issubclass(_schedule(facts), PipelineScheduleSingle) else 2 * facts.pp
+
+
+def _stages_fit(facts: Facts, schedule: type) -> None:
+    single = issubclass(schedule, PipelineScheduleSingle)
+    layers, stages, wanted = _layers(facts), _stages(facts), facts.pp if single else 2 * facts.pp
+    exactly = single or schedule in _FOLDED
+    if stages % facts.pp or (stages != wanted if exactly else stages < wanted):
+        raise Broken(
+            f"{facts.show('parallelism.pipeline_parallel_layers_per_stage')} makes {stages} stages of "
+            f"{layers} layers, but {facts.show('parallelism.pipeline_parallel_schedule')} on "
+            f"{facts.show('parallelism.pipeline_parallel_degree')} wants "
+            f"{'exactly' if exactly else 'at least'} {wanted // facts.pp} per rank; "
+            f"use {math.ceil(layers / wanted)}"
+        )
+    first = facts.parallelism.pipeline_parallel_first_stage_less_layers
+    last = facts.parallelism.pipeline_parallel_last_stage_less_layers
     if layers // stages < max(1, first, last):
         raise Broken(
             f"{facts.show('parallelism.pipeline_parallel_degree')} makes {stages} stages for the {layers} "
@@ -184,18 +212,41 @@ def _stages_fit(facts: Facts, *, single: bool) -> None:
         )
 
 
-def pipeline_takes_microbatches(facts: Facts) -> None:
-    """torchtitan 0.3.0 hands its schedule lists of microbatches; torch 2.13's takes one whole batch."""
-    if facts.pp > 1 and not schedule_takes_microbatches():
+def microbatches_suit_the_schedule(facts: Facts) -> None:
+    """Some schedules want at least one microbatch per stage, some whole rounds over the ranks."""
+    if facts.pp == 1:
+        return
+    schedule, stages = _schedule(facts), _stages(facts)
+    number = facts.training.local_batch_size // facts.microbatch
+    named = (
+        f"{facts.show('training.local_batch_size')} / "
+        f"{facts.show('parallelism.pipeline_parallel_microbatch_size')} = {number} microbatches"
+    )
+    if schedule in (Schedule1F1B, ScheduleDualPipeV) and number < stages:
         raise Broken(
-            f"{facts.show('parallelism.pipeline_parallel_degree')}: torchtitan 0.3.0 calls step(arg_mbs=...) "
-            f"of a pipeline schedule, which torch {torch.__version__} does not have; use 1, or a newer torch"
+            f"{named} are fewer than the {stages} stages of "
+            f"{facts.show('parallelism.pipeline_parallel_schedule')}; "
+            f"use training.local_batch_size = {stages * facts.microbatch}"
+        )
+    rounds = max(1, number // facts.pp)
+    if schedule in (ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble) and number % rounds:
+        raise Broken(
+            f"{named} do not fill the {rounds} rounds that "
+            f"{facts.show('parallelism.pipeline_parallel_schedule')} makes of them on "
+            f"{facts.show('parallelism.pipeline_parallel_degree')}; "
+            f"use training.local_batch_size = {facts.pp * rounds * facts.microbatch}"
         )
 
 
-def schedule_takes_microbatches() -> bool:
-    """Whether this torch's pipeline schedules are the ones that torchtitan 0.3.0 was written for."""
-    return "arg_mbs" in inspect.signature(PipelineScheduleSingle.step).parameters
+def split_backward_recomputes_whole(facts: Facts) -> None:
+    """A zero-bubble schedule goes back twice, for inputs and for weights; SAC keeps things for once."""
+    selective = isinstance(facts.trainer.activation_checkpoint, SelectiveAC.Config)
+    if facts.pp > 1 and selective and _schedule(facts) in _SPLIT:
+        raise Broken(
+            f"activation_checkpoint.mode (selective) keeps activations for one backward, and "
+            f"{facts.show('parallelism.pipeline_parallel_schedule')} runs two, for inputs and for weights; "
+            "use mode = 'full' or 'none', or 'Interleaved1F1B'"
+        )
 
 
 def fsdp_splits_experts_evenly(facts: Facts) -> None:
@@ -225,9 +276,10 @@ RULES = (
     batch_divides,
     heads_divide_over_tp,
     sequence_fits_rope,
-    sequence_divides_over_cp,
     context_parallel_has_attention,
+    sequence_divides_over_cp,
     pipeline_has_stages,
-    pipeline_takes_microbatches,
+    microbatches_suit_the_schedule,
+    split_backward_recomputes_whole,
     fsdp_splits_experts_evenly,
 )

@@ -1,0 +1,361 @@
+"""Every mesh against one rank, from one seed checkpoint in fp32: the cells, one run of a cell, the table.
+
+    python -m tests.matrix [NAME ...] [--write docs/meshes.md]
+
+runs all cells, or those whose name holds a NAME, and prints what was held; exit status 1 where a cell is red.
+tests/test_matrix.py runs the same cells.
+"""
+
+import argparse
+import contextlib
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.ranks import close_pools, run_ranks
+from tests.training import train
+from titan_moe.config import ConfigError, load
+
+ROOT = Path(__file__).parent.parent
+CONFIG = str(ROOT / "train_configs" / "debug_local.toml")
+STEPS = 3
+TIMEOUT_S = 280.0
+# What a cell may be off by, relative to the reference; counts and expert bias may not be off at all.
+LIMITS = {"loss": 1e-6, "losses": 1e-5, "grad_norm": 1e-5, "gradients": 1e-5, "parameters": 1e-3}
+# A compiled cell, in bfloat16, against the same mesh without compile.
+LIMITS_COMPILED = {"loss": 1e-4, "losses": 1e-3, "grad_norm": 1e-3, "gradients": 1e-2, "parameters": 1e-1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One mesh and what runs on it. ``shard`` is what is left of the ranks.
+
+    Attributes:
+        batch: sequences per step, of all ranks.
+        accumulate: microbatches of a step outside of PP.
+        in_ci: runs without TITAN_MOE_SLOW=1.
+    """
+
+    ranks: int = 4
+    replicate: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    sp: bool = True
+    dispatcher: str = ""  # all_to_all with EP, local without
+    ac: str = "none"
+    seq_len: int = 128
+    batch: int = 12
+    accumulate: int = 1
+    schedule: str = "1F1B"
+    microbatch: int = 1
+    balancer: str = "headtail"
+    compiled: str = ""
+    dtype: str = "float32"  # torch compiles its grouped matmul for bfloat16 only
+    validate: bool = False
+    in_ci: bool = False
+
+    @property
+    def shard(self) -> int:
+        """FSDP's degree."""
+        return self.ranks // (self.replicate * self.cp * self.tp * self.pp)
+
+    @property
+    def local_batch(self) -> int:
+        """Sequences of a data-parallel rank in one call of the trainer."""
+        return self.batch // (self.replicate * self.shard * self.accumulate)
+
+    @property
+    def name(self) -> str:
+        """All that is not default, for humans and for pytest -k."""
+        return f"{self.ranks}-ranks-{self.mesh}-{self.what}-L{self.seq_len}-B{self.local_batch}".replace(
+            " ", "-"
+        )
+
+    @property
+    def mesh(self) -> str:
+        """Its axes, as ``HSDP 2x2 TP2 EP4``."""
+        parts = [f"PP{self.pp}"] if self.pp > 1 else []
+        if self.replicate > 1:
+            parts.append(f"HSDP{self.replicate}x{self.shard}")
+        elif self.shard > 1:
+            parts.append(f"FSDP{self.shard}")
+        parts += [f"CP{self.cp}"] if self.cp > 1 else []
+        parts += [f"TP{self.tp}{'' if self.sp else ' no SP'}"] if self.tp > 1 else []
+        return " ".join([*parts, f"EP{self.ep}"] if self.ep > 1 else parts)
+
+    @property
+    def what(self) -> str:
+        """Dispatcher, recomputation and what else is switched on."""
+        parts = [self.backend]
+        parts += [f"AC {self.ac}"] if self.ac != "none" else []
+        parts += [self.schedule] if self.pp > 1 else []
+        parts += [f"microbatch {self.microbatch}"] if self.microbatch > 1 else []
+        parts += [self.balancer] if self.cp > 1 else []
+        parts += [f"compile {self.compiled}"] if self.compiled else []
+        parts += [f"accumulate {self.accumulate}"] if self.accumulate > 1 else []
+        parts += ["validation"] if self.validate else []
+        return " ".join(parts)
+
+    @property
+    def backend(self) -> str:
+        """The dispatcher; ``per_slot`` is deepep with all rows back."""
+        return self.dispatcher or ("all_to_all" if self.ep > 1 else "local")
+
+    @property
+    def flags(self) -> list[str]:
+        """The command line that makes this cell of train_configs/debug_local.toml."""
+        dispatcher = (
+            ["deepep", "--moe.deepep.combine", "per_slot"] if self.backend == "per_slot" else [self.backend]
+        )
+        flags = [
+            *("--moe.dispatcher", *dispatcher),
+            *(f"--training.{key}={value}" for key, value in self._training.items()),
+            *(f"--parallelism.{key}={value}" for key, value in self._parallelism.items()),
+            f"--activation_checkpoint.mode={self.ac}",
+        ]
+        flags += [] if self.sp else ["--parallelism.no-enable_sequence_parallel"]
+        if self.compiled:
+            flags += [
+                "--compile.enable",
+                '--compile.components=["model"]',
+                f"--compile.backend={self.compiled}",
+            ]
+        if self.validate:
+            flags += ["--validator.enable", "--validator.freq=1", "--validator.steps=1"]
+        return flags
+
+    @property
+    def _training(self) -> dict[str, Any]:
+        return {
+            "seq_len": self.seq_len,
+            "local_batch_size": self.local_batch,
+            "global_batch_size": self.batch,
+            "mixed_precision_param": self.dtype,
+            "steps": STEPS,
+        }
+
+    @property
+    def _parallelism(self) -> dict[str, Any]:
+        return {
+            "data_parallel_replicate_degree": self.replicate,
+            "context_parallel_degree": self.cp,
+            "context_parallel_load_balancer": self.balancer,
+            "tensor_parallel_degree": self.tp,
+            "pipeline_parallel_degree": self.pp,
+            "pipeline_parallel_schedule": self.schedule,
+            "pipeline_parallel_microbatch_size": self.microbatch,
+            "expert_parallel_degree": self.ep,
+        }
+
+
+def _cells() -> Iterator[Cell]:
+    """All of them. Uneven lengths wherever they are possible: CP cuts whole blocks of 128 tokens."""
+    ci: dict[str, Any] = {"in_ci": True}
+    yield Cell(seq_len=127)
+    yield Cell(ep=2, seq_len=127)
+    yield Cell(ep=4, **ci)
+    yield Cell(tp=2, seq_len=127)
+    yield Cell(tp=2, sp=False)
+    yield Cell(tp=2, ep=2, seq_len=127, **ci)
+    yield Cell(tp=2, ep=2, sp=False)
+    yield Cell(tp=2, ep=4, sp=False, seq_len=127, **ci)
+    yield Cell(tp=4, seq_len=127)
+    yield Cell(tp=4, ep=2)
+    yield Cell(tp=4, ep=4, seq_len=127)
+    yield Cell(tp=4, ep=4, seq_len=2)  # two ranks without a token
+    yield Cell(replicate=2)
+    yield Cell(replicate=2, ep=2, seq_len=127, **ci)
+    yield Cell(replicate=2, tp=2, ep=2, seq_len=127)
+    for dispatcher in ("deepep", "per_slot"):
+        yield Cell(tp=2, ep=2, seq_len=127, dispatcher=dispatcher)
+        yield Cell(ep=4, seq_len=127, dispatcher=dispatcher)
+    for ac in ("selective", "full"):
+        yield Cell(tp=2, ep=2, seq_len=127, ac=ac, validate=True, in_ci=ac == "selective")
+        yield Cell(tp=2, ep=2, seq_len=127, ac=ac, dispatcher="deepep")
+    yield Cell(tp=2, ep=2, seq_len=127, accumulate=3, **ci)
+    yield Cell(ep=2, seq_len=127, accumulate=3, ac="full", dispatcher="deepep", validate=True)
+    yield from _context_cells()
+    yield from _pipeline_cells()
+    for ac in ("none", "selective", "full"):
+        yield Cell(tp=2, ep=2, compiled="inductor", dtype="bfloat16", ac=ac)
+    yield Cell(tp=2, ep=2, seq_len=127, compiled="aot_eager", dtype="bfloat16", dispatcher="deepep", **ci)
+    yield Cell(ep=4, seq_len=127, compiled="aot_eager", dtype="bfloat16", ac="selective")
+    yield from _cells_of_8()
+
+
+def _context_cells() -> Iterator[Cell]:
+    cp: dict[str, Any] = {"cp": 2, "seq_len": 256, "batch": 8}
+    for balancer in ("headtail", "ptrr", "none"):
+        yield Cell(**cp, balancer=balancer, ep=2, in_ci=balancer == "headtail")
+    yield Cell(**cp)
+    yield Cell(**cp, ep=4, dispatcher="deepep")
+    yield Cell(**cp, tp=2, ep=4)
+    yield Cell(**cp, tp=2, ep=2, sp=False, ac="full")
+    yield Cell(**cp, replicate=2, ep=2, ac="selective", dispatcher="per_slot")
+    yield Cell(**cp, tp=2, ep=4, compiled="aot_eager", dtype="bfloat16")
+    yield Cell(**cp, ep=4, accumulate=2, validate=True)
+    yield Cell(**cp | {"cp": 4, "seq_len": 512}, ep=4)
+
+
+def _pipeline_cells() -> Iterator[Cell]:
+    pp: dict[str, Any] = {"pp": 2, "seq_len": 127}
+    for schedule in SCHEDULES:
+        yield Cell(**pp, tp=2, ep=2, schedule=schedule, in_ci=schedule in ("1F1B", "ZBVZeroBubble"))
+    yield Cell(**pp)
+    yield Cell(**pp, ep=2, microbatch=3)
+    yield Cell(**pp, tp=2, sp=False, accumulate=3, validate=True)
+    yield Cell(**pp, replicate=2, dispatcher="local")
+    for schedule in ("1F1B", "Interleaved1F1B", "ZBVZeroBubble"):
+        for ac in ("selective", "full"):
+            yield Cell(**pp, ep=2, ac=ac, schedule=schedule, dispatcher="deepep")
+    yield Cell(**pp, ep=2, schedule="Interleaved1F1B", dispatcher="per_slot", validate=True)
+    yield Cell(**pp | {"pp": 4})
+    yield Cell(**pp, ep=2, compiled="aot_eager", dtype="bfloat16")
+    yield Cell(pp=2, cp=2, ep=2, seq_len=256, batch=8)
+    yield Cell(
+        pp=2, cp=2, ep=2, seq_len=256, batch=8, schedule="Interleaved1F1B", ac="full", dispatcher="deepep"
+    )
+
+
+def _cells_of_8() -> Iterator[Cell]:
+    eight: dict[str, Any] = {"ranks": 8, "seq_len": 127}
+    yield Cell(**eight, ep=8, batch=24)
+    yield Cell(**eight, tp=2, ep=8)
+    yield Cell(**eight, tp=4, ep=2, dispatcher="deepep")
+    yield Cell(**eight, tp=2, ep=4, replicate=2, ac="selective", **{"in_ci": True})
+    yield Cell(ranks=8, cp=2, tp=2, ep=8, seq_len=256, batch=8)
+    yield Cell(**eight, pp=2, tp=2, ep=4)
+    yield Cell(**eight, pp=2, replicate=2, ep=2, schedule="ZBVZeroBubble", dispatcher="deepep")
+    yield Cell(ranks=8, pp=2, cp=2, tp=2, ep=4, seq_len=256, batch=8, schedule="Interleaved1F1B", ac="full")
+
+
+SCHEDULES = (
+    "1F1B",
+    "GPipe",
+    "Interleaved1F1B",
+    "LoopedBFS",
+    "InterleavedZeroBubble",
+    "ZBVZeroBubble",
+    "DualPipeV",
+)
+CELLS = tuple(_cells())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """How far a cell was off, and why it is red if it is."""
+
+    loss: float  # of the first step
+    losses: float  # the worst of all steps
+    grad_norm: float  # of the first step
+    gradients: float  # the worst of the first step, relative to its norm
+    worst: str
+    parameters: float  # the worst after all steps, relative to what it moved
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Runs cells below ``folder``; what they share, the seed and the references, is made once."""
+
+    folder: Path
+    references: dict[Cell, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def run(self, cell: Cell) -> Held:
+        """Trains and compares. Collective over worker processes of ``tests.ranks``."""
+        reference = self._reference(cell)
+        return judge(self._train(cell, reference.name), self.references[reference], cell)
+
+    @cached_property
+    def _seed(self) -> Path:
+        flags = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--checkpoint.folder=."]
+        argv = [
+            CONFIG,
+            f"--dump_folder={self.folder / 'seed'}",
+            *flags,
+            "--debug.no-enable_structured_logging",
+        ]
+        run_ranks(train, 1, argv, timeout_s=TIMEOUT_S)
+        return self.folder / "seed" / "step-0"
+
+    def _reference(self, cell: Cell) -> Cell:
+        """What ``cell`` is compared with: one rank with the same sequences; compiled, itself without compile."""
+        if cell.compiled:
+            alike = replace(cell, compiled="", dtype="bfloat16")
+        else:
+            alike = Cell(ranks=1, seq_len=cell.seq_len, batch=cell.batch)
+        if alike not in self.references:
+            self.references[alike] = self._train(alike, alike.name)
+        return alike
+
+    def _train(self, cell: Cell, reference: str) -> list[dict[str, Any]]:
+        argv = [
+            CONFIG,
+            f"--dump_folder={self.folder / cell.name}",
+            "--debug.no-enable_structured_logging",
+            "--checkpoint.enable",
+            f"--checkpoint.initial_load_path={self._seed}",
+            "--checkpoint.interval=1000",
+            *cell.flags,
+        ]
+        whole = str(self.folder / f"whole-{reference}")
+        return run_ranks(train, cell.ranks, argv, whole, timeout_s=TIMEOUT_S)
+
+
+def judge(ranks: list[dict[str, Any]], reference: list[dict[str, Any]], cell: Cell) -> Held:
+    """``ranks``' results against the reference's; under PP a rank tells of its own stages only."""
+    told, expected = _merged(ranks), _merged(reference)
+    problems = _missing(told, ranks)
+    if not cell.compiled:
+        problems += [
+            f"{key} of {name}"
+            for key in ("first_load", "first_bias", "expert_bias")
+            for name in expected[key]
+            if name not in told[key] or not torch.equal(told[key][name], expected[key][name])
+        ]
+    ours, theirs = ranks[0]["records"], reference[0]["records"]
+    if len(ours) != STEPS or len(theirs) != STEPS:
+        problems.append(f"{len(ours)} and {len(theirs)} steps")
+    losses = [_apart(our["loss"], their["loss"]) for our, their in zip(ours, theirs, strict=False)]
+    worst = max(told["gradient_errors"], key=lambda name: told["gradient_errors"][name])
+    figures = {
+        "loss": losses[0],
+        "losses": max(losses),
+        "grad_norm": _apart(ours[0]["grad_norm"], theirs[0]["grad_norm"]),
+        "gradients": told["gradient_errors"][worst],
+        "parameters": max(told["parameter_errors"].values()),
+    }
+    limits = LIMITS_COMPILED if cell.compiled else LIMITS
+    problems += [
+        f"{key} {figures[key]:.1e} > {most:.0e}" for key, most in limits.items() if not figures[key] <= most
+    ]
+    return Held(**figures, worst=worst, problems=tuple(problems))
+
+
+def _merged(ranks: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    keys = ("gradient_errors", "parameter_errors", "first_load", "first_bias", "expert_bias")
+    return {key: {name: value for rank in ranks for name, value in rank.get(key, {}).items()} for key in keys}
+
+
+def _missing(told: dict[str, dict[str, Any]], ranks: list[dict[str, Any]]) -> list[str]:
+    """Parameters nobody compared, without a gradient, or with unlike copies."""
+    names = set(ranks[0]["names"])
+    keys = ("gradient_errors", "parameter_errors")
+    problems = [f"no {key} of {name}" for key in keys for name in names - told[key].keys()]
+    for key in ("none_gradients", "replicas_differ"):
+        problems += [f"{key}: {rank[key][0]}" for rank in ranks if rank[key]]
+    return problems
+
+
+def _apart(ours: float, theirs: float) -> float:
+    return abs(ours - theirs) / abs(theirs) if math.isfinite(ours) else math.inf
