@@ -66,6 +66,7 @@ def train(
             results |= _compare(whole, reference) if known else _keep(whole, reference)
     finally:
         trainer.close()
+        torch.compiler.reset()  # what a compiled body left would count as recompilations of the next
     records = Path(job.trainer.dump_folder) / "metrics.jsonl"
     results["records"] = (
         [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
