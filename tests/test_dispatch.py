@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from tests import backends
 from tests.backends import BACKENDS, load, promises
@@ -893,3 +893,27 @@ class TestClassFacts:
         there = ", ".join(dispatch.DISPATCHERS)
         with pytest.raises(ValueError, match=rf"there are: {there}.*did you mean '{first}'"):
             dispatch.load(first + "l")
+
+
+def sent_backward(ctx: RankContext, name: str, ep: int, some: list[Problem]) -> dict[str, int]:
+    """Bytes that go into all-to-alls after the forward, by recomputation mode."""
+    sent = {}
+    for mode, wrap in {
+        "none": lambda step: step,
+        "selective": SelectiveAC.Config().build(dump_folder="")._wrap_block,
+        "full": FullAC.Config().build(dump_folder="")._wrap_block,
+    }.items():
+        here = OnRank(ctx, name, ep, some)
+        out_TD = wrap(Step(here))(here.x_TD, here.scores_TK)
+        with Sent() as after:
+            here.backward(out_TD)
+        sent[mode] = after.bytes
+    return sent
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "local"])
+def test_selective_recomputation_sends_nothing_again(name: str) -> None:
+    """Full recomputation dispatches again; what selective saves, it does not send twice."""
+    for sent in run(sent_backward, 2, name, 2, groups("random", 2, "bf16"), mode="gloo"):
+        assert sent["selective"] == sent["none"] > 0
+        assert sent["full"] > sent["none"]

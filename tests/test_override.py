@@ -109,6 +109,7 @@ class TestAdopted:
         for bias_E, theirs_E in zip(adopted["expert_bias"], ours["expert_bias"].values(), strict=True):
             assert bias_E.equal(theirs_E)
 
-    def test_another_spmd_backend_is_refused(self, folder: Path) -> None:
+    @pytest.mark.parametrize("backend", ["spmd_types", "full_dtensor"])
+    def test_another_spmd_backend_is_refused(self, folder: Path, backend: str) -> None:
         with pytest.raises(RankError, match=r"add --parallelism\.spmd_backend partial_dtensor"):
-            _stock(folder, "refused", *OURS, "--parallelism.spmd_backend=full_dtensor")
+            _stock(folder, f"refused-{backend}", *OURS, f"--parallelism.spmd_backend={backend}")
