@@ -20,7 +20,9 @@ environment
   COMM_MODE            fake_backend: nothing runs; prints what each of NGPU * NNODES ranks will hold and
                        send, for example COMM_MODE=fake_backend NGPU=512 (docs/scale.md)
 
-exit status: 2 for a wrong call or config (one line says why), else torchrun's
+exit status: 2 for a wrong call or config (one line says why), else torchrun's. A rank that fails or is
+killed ends the job; the last line names it, the cause and its log. The same command then continues from
+the last checkpoint (--checkpoint.enable).
 TEXT
 }
 
@@ -68,7 +70,8 @@ fi
 # A wrong config is one line and status 2, before any rank starts.
 "$python" -m titan_moe.config "$config" "$@" || exit $?
 
-exec "$python" -m torch.distributed.run \
+# torchrun, and one line at the end that says which rank failed.
+exec "$python" "$root/titan_moe/launch.py" \
     --nnodes "$NNODES" --nproc-per-node "$NGPU" \
     --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}" \
     --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 \

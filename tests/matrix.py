@@ -9,6 +9,7 @@ tests/test_matrix.py runs the same cells.
 import argparse
 import math
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -232,8 +233,7 @@ def _pipeline_cells() -> Iterator[Cell]:
     yield Cell(**pp, ep=2, schedule="Interleaved1F1B", dispatcher="per_slot", validate=True)
     yield Cell(**pp | {"pp": 4})
     yield Cell(pp=2, tp=2, ep=2, chunked=True)
-    for schedule in ("1F1B", "ZBVZeroBubble"):
-        yield Cell(**pp, ep=2, compiled="aot_eager", dtype="bfloat16", schedule=schedule)
+    yield Cell(**pp, ep=2, compiled="aot_eager", dtype="bfloat16")
     yield Cell(pp=2, cp=2, ep=2, seq_len=256, batch=8)
     yield Cell(
         pp=2, cp=2, ep=2, seq_len=256, batch=8, schedule="Interleaved1F1B", ac="full", dispatcher="deepep"
@@ -278,6 +278,7 @@ REFUSED = (
     f"{_PP} {_SCHEDULE} DualPipeV --training.local_batch_size 2",
     f"{_PP} {_SCHEDULE} Interleaved1F1B --training.local_batch_size 5",
     f"{_PP} {_SCHEDULE} ZBVZeroBubble --activation_checkpoint.mode selective",
+    f"{_PP} {_SCHEDULE} ZBVZeroBubble --compile.enable",
     f"{_PP} {_SCHEDULE} ZBVZeroBubble --parallelism.pipeline_parallel_layers_per_stage 1",
     f"{_PP} {_SCHEDULE} PipelineScheduleMulti",
     f"{_PP} --training.local_batch_size 6 --parallelism.pipeline_parallel_microbatch_size 4",
@@ -345,7 +346,12 @@ class Matrix:
             *cell.flags,
         ]
         whole = str(self.folder / f"whole-{reference}")
-        return run_ranks(train, cell.ranks, argv, whole, sabotage, timeout_s=TIMEOUT_S)
+        # Of more than two stages the first and the last send less than the others.
+        in_step = cell.pp <= 2
+        try:
+            return run_ranks(train, cell.ranks, argv, whole, sabotage, timeout_s=TIMEOUT_S, in_step=in_step)
+        finally:
+            shutil.rmtree(self.folder / cell.name, ignore_errors=True)  # the last step's checkpoint, 300 MB
 
 
 def judge(ranks: list[dict[str, Any]], reference: list[dict[str, Any]], cell: Cell) -> Held:

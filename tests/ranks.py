@@ -147,7 +147,12 @@ class RankContext:
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, mode: Mode = "gloo", timeout_s: float = 60.0
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    mode: Mode = "gloo",
+    timeout_s: float = 60.0,
+    in_step: bool = True,
 ) -> list[Any]:
     """Runs ``fn(ctx, *args)`` on every rank and returns the results in rank order.
 
@@ -157,6 +162,7 @@ def run_ranks(
         *args: The same for every rank; tensors are copied.
         mode: "gloo" or "local_tensor".
         timeout_s: For the body alone; starting the workers is not counted.
+        in_step: All ranks run as many collectives in each of their groups; sends and receives count too.
 
     Returns:
         One result per rank: tensors (detached; a DTensor's local part), numbers, strings, and lists, tuples,
@@ -178,7 +184,7 @@ def run_ranks(
         raise ValueError(f"run_ranks needs a top-level function, got {fn}: {error}") from error
     if world_size not in _POOLS:
         _POOLS[world_size] = _Pool(world_size)
-    return _POOLS[world_size].run(payload, _to_bytes(args), timeout_s)
+    return _POOLS[world_size].run(payload, _to_bytes(args), timeout_s, in_step=in_step)
 
 
 def close_pools() -> None:
@@ -216,13 +222,13 @@ class _Pool:
             self.close()
             raise
 
-    def run(self, fn: bytes, args: bytes, timeout_s: float) -> list[Any]:
+    def run(self, fn: bytes, args: bytes, timeout_s: float, *, in_step: bool) -> list[Any]:
         """Runs one body; keeps the pool only if every rank answered and all are still in step."""
         keep = False
         try:
             self._send(("run", _absolute_path(), fn, args))
             answers = self._collect(timeout_s)
-            problem = "" if len(answers) < self.world_size else self._sync(answers)
+            problem = "" if len(answers) < self.world_size else self._sync(answers, in_step=in_step)
             keep = len(answers) == self.world_size and not problem
             self._raise_failures(answers, timeout_s)
             if problem:
@@ -233,14 +239,14 @@ class _Pool:
             if not keep:
                 self.close()
 
-    def _sync(self, answers: dict[int, _Answer]) -> str:
+    def _sync(self, answers: dict[int, _Answer], *, in_step: bool) -> str:
         """Why the ranks are no longer in step after a body; empty when they are."""
         counts: dict[str, dict[int, int]] = {}
         for rank, answer in sorted(answers.items()):
             for group, count in answer.collectives.items():
                 counts.setdefault(group, {})[rank] = count
         uneven = {group: by_rank for group, by_rank in counts.items() if len(set(by_rank.values())) > 1}
-        if uneven:
+        if uneven and in_step:
             return f"the ranks ran different numbers of collectives; by group and rank: {uneven}"
         self._send(("sync",))
         synced = self._collect(_SYNC_TIMEOUT_S)

@@ -170,13 +170,20 @@ CASES: dict[str, list[Case]] = {
             says=r"= 5 microbatches do not fill the 2 rounds .*; use training.local_batch_size = 8",
         ),
     ],
-    "split_backward_recomputes_whole": [
+    "split_backward_is_possible": [
         Case(
             passes=f"{_LOOPED} --activation_checkpoint.mode selective",
             fails=f"{_PP2} {_P}pipeline_parallel_schedule {schedule} --activation_checkpoint.mode selective",
             says=rf"mode \(selective\) keeps activations for one backward, and .*\({schedule}\) runs two",
         )
         for schedule in ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
+    ]
+    + [
+        Case(
+            passes=f"{_LOOPED} --compile.enable",
+            fails=f"{_DUAL} --compile.enable",
+            says=r"compile.enable with 'model' .* one backward, and .*\(DualPipeV\) runs two",
+        )
     ],
     "fsdp_splits_experts_evenly": [
         Case(

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.config_rule_case import Case, model, rows
-from titan_moe.config.rules import RULES, experts, mesh, numerics, replay, run, stock
+from tests.config_rule_case import Case, experts, model, rows
+from titan_moe.config.rules import RULES, mesh, numerics, replay, run, stock
+from titan_moe.config.rules import experts as expert_rules
 from titan_moe.config.sections import every_key
 from titan_moe.data import TOKENIZER_DIR
 
 _GROUPS = "--optimizer.param_groups"
+_IN_HF = "--checkpoint.enable --checkpoint.last_save_in_hf --checkpoint.last_save_model_only"
 
 CASES: dict[str, list[Case]] = {
     "numbers_are_in_range": [
@@ -124,10 +126,30 @@ CASES: dict[str, list[Case]] = {
             says="load_only .* saves nothing, but checkpoint.enable_first_step_checkpoint",
         ),
         Case(
-            passes="--checkpoint.enable --checkpoint.last_save_in_hf --checkpoint.last_save_model_only",
-            fails="--checkpoint.enable --checkpoint.last_save_in_hf --checkpoint.last_save_model_only",
+            passes=f"{_IN_HF} --moe.load_balance_coeff none --model.norm_eps 1e-6",
+            fails=_IN_HF,
             edit_failing=lambda spec: dataclasses.replace(spec, state_dict_adapter=None),
             says="has no Hugging Face adapter",
+        ),
+    ],
+    "last_save_has_a_hugging_face_form": [
+        Case(
+            passes=f"{_IN_HF} --model.norm_eps 1e-6 --moe.load_balance_coeff none",
+            fails=f"{_IN_HF} --model.norm_eps 1e-6",
+            says=r"last_save_in_hf \(true\): the expert bias \(moe.load_balance_coeff, 0.001\) takes part .*"
+            r"debugmodel it has no place; train with moe.load_balance_coeff = 'none'",
+        ),
+        Case(
+            # The router of DeepSeek-V3 is a sigmoid, and Hugging Face has its bias.
+            passes=f"{_IN_HF} --model.norm_eps 1e-6",
+            edit_passing=experts(score_func="sigmoid"),
+            fails=f"{_IN_HF} --model.norm_eps 1e-6 --model.name qwen3_moe",
+            says="in Hugging Face's form of model.flavor qwen3_moe/debugmodel it has no place",
+        ),
+        Case(
+            passes="--checkpoint.last_save_in_hf --checkpoint.last_save_model_only",  # not enabled
+            fails=f"{_IN_HF} --moe.load_balance_coeff none",
+            says=r"last_save_in_hf \(true\): kv_norm.eps .*set model.norm_eps = 1e-06",
         ),
     ],
     "dump_folder_is_a_folder": [
@@ -172,7 +194,7 @@ CASES: dict[str, list[Case]] = {
 
 def test_every_rule_has_cases() -> None:
     assert [rule.__name__ for rule in (*run.RANGES_FIRST, *run.RULES)] == list(CASES)
-    elsewhere = (mesh, experts, replay, stock, numerics)
+    elsewhere = (mesh, expert_rules, replay, stock, numerics)
     assert len(RULES) == len(CASES) + sum(len(module.RULES) for module in elsewhere)
     assert set(run.RANGES) <= {f"{section}.{key}" for section, key in every_key()}
 

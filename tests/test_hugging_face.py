@@ -23,6 +23,7 @@ from tests import tiny_models
 from tests.ranks import run_ranks
 from tests.tiny_models import NUM_EXPERTS, VOCAB, deepseek, hf_deepseek, hf_qwen3_moe, qwen3_moe, scramble
 from titan_moe import models
+from titan_moe.checkpoint import CheckpointManager as OurManager
 from titan_moe.data import TOKENIZER_DIR
 from titan_moe.models.__main__ import main
 from titan_moe.models.hugging_face.config_json import HuggingFaceError, difference, hf_config
@@ -118,6 +119,17 @@ def write(spec: Any, model: Any, folder: Path) -> dict[str, Tensor]:
     folder.mkdir(exist_ok=True)
     save_file(named, folder / "model.safetensors")
     return named
+
+
+def last_save(spec: Any, model: Any, folder: Path, *, manager: Any, dtype: str = "float32") -> Path:
+    """What ``checkpoint.last_save_in_hf`` does at the end of a run, by this manager, on one rank."""
+    checkpointer = object.__new__(manager)
+    checkpointer.folder, checkpointer.states = str(folder), {MODEL: ModelWrapper([model])}
+    checkpointer.sd_adapter = spec.state_dict_adapter(spec.model, str(TOKENIZER_DIR))
+    checkpointer.last_save_in_hf = checkpointer.last_save_model_only = True
+    checkpointer.export_dtype = getattr(torch, dtype)
+    checkpointer._save_last_step(7)
+    return folder / "step-7"
 
 
 @pytest.fixture
@@ -404,9 +416,49 @@ def train(
             "--checkpoint.initial_load_in_hf",
             f"--checkpoint.initial_load_path={folder}",
         ),
+        *("--model.norm_eps=1e-6", "--moe.load_balance_coeff=none"),  # of the model that is not the tiny one
         *("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", *arguments),
     ]
     return run_ranks(tiny_models.train_from_folder, 4, argv, family, changes, train, TOKENS, timeout_s=120.0)
+
+
+class TestLastSave:
+    """torchtitan's manager is the negative control: it writes no config.json and rounds the bias."""
+
+    @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe"])
+    def test_is_a_folder_that_transformers_opens(self, name: str, tmp_path: Path) -> None:
+        spec = PAIRS[name][0]()
+        model = scramble(build(spec))
+        step = last_save(spec, model, tmp_path, manager=OurManager)
+        assert distance(our_logits(model), hf_logits(open_folder(step))) < TOLERANCE
+        assert (step / "tokenizer.json").read_bytes() == (TOKENIZER_DIR / "tokenizer.json").read_bytes()
+        theirs = last_save(spec, model, tmp_path / "theirs", manager=CheckpointManager)
+        assert not (theirs / "config.json").exists()
+
+    @pytest.mark.parametrize("files", [1, 2])
+    def test_bf16_keeps_the_expert_bias_in_fp32(
+        self, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if files > 1:
+            monkeypatch.setattr("titan_moe.models.hugging_face.adapter.MAX_FILE_BYTES", 150_000)
+        spec = deepseek()
+        model = scramble(build(spec))
+        step = last_save(spec, model, tmp_path, manager=OurManager, dtype="bfloat16")
+        assert json.loads((step / "config.json").read_text())["torch_dtype"] == "bfloat16"
+        found = sorted(step.glob("*.safetensors"))
+        assert (len(found) > 1) == (files > 1)
+        saved = {name: tensor for file in found for name, tensor in load_file(file).items()}
+        for name, tensor in saved.items():
+            assert tensor.dtype == (torch.float32 if name.endswith(EXPERT_BIAS) else torch.bfloat16)
+        bias_E = model.state_dict()["layers.1.moe.expert_bias_E"]
+        assert saved["model.layers.1" + EXPERT_BIAS].equal(bias_E)
+        assert not bias_E.bfloat16().float().equal(bias_E)
+
+        step = last_save(spec, model, tmp_path / "theirs", manager=CheckpointManager, dtype="bfloat16")
+        theirs = {
+            name: tensor for file in step.glob("*.safetensors") for name, tensor in load_file(file).items()
+        }
+        assert theirs["model.layers.1" + EXPERT_BIAS].dtype == torch.bfloat16
 
 
 # torchtitan's adapter fails on the first two: (arguments, the model, how many experts each rank holds).
@@ -442,10 +494,12 @@ class TestRanks:
             assert rank["local_experts"] == 3
             assert distance(rank["loaded"], hf_logits(theirs)) < TOLERANCE
         tiny_flavor(deepseek)
+        trained = open_folder(run / "checkpoint" / "step-2")
+        written = (run / "checkpoint" / "step-2" / "config.json").read_bytes()
         (run / "resolved.toml").write_text('[model]\nname = "deepseek_v3"\nflavor = "debugmodel"\n')
         assert main(["describe", str(run)]) == 0
         assert f"{run / 'checkpoint' / 'step-2'}: 115 tensors, config.json added" in capsys.readouterr().out
-        trained = open_folder(run / "checkpoint" / "step-2")
+        assert (run / "checkpoint" / "step-2" / "config.json").read_bytes() == written
         assert distance(hf_logits(trained), hf_logits(theirs)) > 0.01, "two steps that changed nothing"
         assert distance(ranks[0]["trained"], hf_logits(trained)) < TOLERANCE
         prompt = TOKENS[:1, :8]

@@ -1,13 +1,16 @@
 """run_train.sh, run_slurm.sh, tests/run.sh, .ci/run and setup_env.sh, run for real with fakes on PATH.
 
 The fake Python logs each call and answers as the real one would: `-m venv` makes a folder with itself in it,
-pip, the config check and torchrun do what FAKE_* variables say. Nothing here imports torch or titan_moe.
+pip, the config check and torchrun do what FAKE_* variables say. Nothing here imports torch or titan_moe, but
+for the real torchrun of FAKE_RANKS, whose ranks are a fake titan_moe.train.
 """
 
 import itertools
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +27,11 @@ DEFAULT_CONFIG = "train_configs/debug_fsdp_tp_ep.toml"
 FAKE_PYTHON = r"""#!/usr/bin/env bash
 log() { local IFS='|'; echo "$*" >>"$FAKE_LOG"; }
 case "$1 $2" in
+    */titan_moe/launch.py\ *)
+        log -m titan_moe.launch "${@:2}" "OMP_NUM_THREADS=$OMP_NUM_THREADS"
+        [ -z "${FAKE_RANKS:-}" ] || exec "$REAL_PYTHON" "$@"
+        [ -z "${FAKE_LOSSES:-}" ] || printf '{"loss": %s}\n' $FAKE_LOSSES >"${@: -1}/metrics.jsonl"
+        exit "${FAKE_TRAIN_STATUS:-0}" ;;
     "-c "*) exit "${FAKE_TOO_OLD:-0}" ;;
     "- "*pyproject.toml) # the requirements check
         case $0 in */.venv/*) has=${FAKE_VENV_HAS:-no} ;; *) has=${FAKE_HAS:-no} ;; esac
@@ -40,10 +48,6 @@ case "$1 $2" in
     "-m titan_moe.plan")
         log "$@" "NGPU=$NGPU" "NNODES=$NNODES" "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-unset}"
         exit "${FAKE_PLAN_STATUS:-0}" ;;
-    "-m torch.distributed.run")
-        log "$@" "OMP_NUM_THREADS=$OMP_NUM_THREADS"
-        [ -z "${FAKE_LOSSES:-}" ] || printf '{"loss": %s}\n' $FAKE_LOSSES >"${@: -1}/metrics.jsonl"
-        exit "${FAKE_TRAIN_STATUS:-0}" ;;
     *) log "$@"; [ "$2" != "${FAKE_BROKEN_MODULE:-}" ] || exit 1 ;;
 esac
 """
@@ -157,7 +161,7 @@ def test_the_first_call_sets_up_and_the_second_starts_at_once(checkout):
     second = checkout.run("run_train.sh")
     assert (second.returncode, second.stderr) == (0, "")
     assert len(checkout.calls("venv")) == len(checkout.calls("pip")) == 1
-    assert len(checkout.calls("torch.distributed.run")) == 2
+    assert len(checkout.calls("titan_moe.launch")) == 2
 
 
 def test_tests_add_the_dev_extra_in_place(ready):
@@ -195,7 +199,7 @@ def test_a_failed_set_up_is_one_line_and_redone(checkout):
     assert failed.returncode == 1
     _, line = failed.stderr.splitlines()
     assert line.startswith("titan_moe: set-up failed: ERROR: No matching distribution found for torch (log: ")
-    assert checkout.calls("torch.distributed.run") == []
+    assert checkout.calls("titan_moe.launch") == []
 
     assert checkout.run("run_train.sh").returncode == 0
     assert len(checkout.calls("venv")) == 2
@@ -305,7 +309,7 @@ def test_the_call_of_torchrun(ready):
     assert ready.calls("titan_moe.config") == [[*overrides, "WORLD_SIZE=unset", "NGPU=4", "NNODES=1"]]
     launch = "--nnodes 1 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint localhost:0"
     console = "--local-ranks-filter 0 --role rank --tee 3 -m titan_moe.train"
-    assert ready.calls("torch.distributed.run") == [
+    assert ready.calls("titan_moe.launch") == [
         [*launch.split(), *console.split(), *overrides, "OMP_NUM_THREADS=1"]
     ]
 
@@ -320,7 +324,7 @@ def test_the_environment_reaches_torchrun(ready):
     }
     assert ready.run("run_train.sh", **told, WORLD_SIZE="2").returncode == 0
     assert ready.calls("titan_moe.config")[0][1:] == ["WORLD_SIZE=unset", "NGPU=2", "NNODES=2"]
-    (call,) = ready.calls("torch.distributed.run")
+    (call,) = ready.calls("titan_moe.launch")
     given = dict(itertools.pairwise(call))
     assert (given["--nnodes"], given["--nproc-per-node"]) == ("2", "2")
     assert (given["--rdzv-endpoint"], given["--local-ranks-filter"]) == ("host:29500", "0,1")
@@ -335,7 +339,7 @@ def test_a_wrong_config_is_its_own_one_line_and_no_rank_starts(ready):
     line = "titan_moe: train.toml: training.stepz is not a key; did you mean 'steps'?"
     result = ready.run("run_train.sh", "--training.stepz", "3", FAKE_CONFIG_ERROR=line)
     assert_one_line(result, 2, line)
-    assert ready.calls("torch.distributed.run") == []
+    assert ready.calls("titan_moe.launch") == []
 
 
 def test_a_config_is_looked_for_here_then_in_the_repository(ready, tmp_path):
@@ -344,7 +348,7 @@ def test_a_config_is_looked_for_here_then_in_the_repository(ready, tmp_path):
 
     def used(*arguments: str, **variables: str) -> str:
         assert ready.run("run_train.sh", *arguments, cwd=here, **variables).returncode == 0
-        call = ready.calls("torch.distributed.run")[-1]
+        call = ready.calls("titan_moe.launch")[-1]
         return call[call.index("titan_moe.train") + 1]
 
     in_repository = str(ready.root / DEFAULT_CONFIG)
@@ -358,6 +362,84 @@ def test_a_config_is_looked_for_here_then_in_the_repository(ready, tmp_path):
     assert used(DEFAULT_CONFIG, CONFIG_FILE="my own.toml") == DEFAULT_CONFIG
     assert used("--training.steps", "3", CONFIG_FILE="my own.toml") == "my own.toml"
     assert used(str(here / "my own.toml")) == str(here / "my own.toml")
+
+
+# A rank does what FAKE_RANKS says, by rank: Python, where `note` is torch's @record at a given age.
+FAKE_TRAIN = """
+import json, os, signal, sys, time
+mine = os.environ["TORCHELASTIC_ERROR_FILE"]
+def note(message, seconds_ago=0):
+    told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()) - seconds_ago)}}
+    with open(mine + ".new", "w") as file:
+        json.dump({"message": told}, file)
+    os.rename(mine + ".new", mine)
+def after_rank_0():
+    while not os.path.exists(mine.replace("/1/error", "/0/error")):
+        time.sleep(0.05)
+exec(json.loads(os.environ["FAKE_RANKS"])[os.environ["RANK"]])
+"""
+RESET = "RuntimeError: [/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"
+LOST = f"note({RESET!r}, seconds_ago=5); time.sleep(60)"
+# (what rank 1 does, its last words); rank 0 lost the connection, and its clock says earlier.
+CAUSES = {
+    "killed": ("after_rank_0(); os.kill(os.getpid(), signal.SIGKILL)", "was killed by signal 9 (SIGKILL)"),
+    "raised": (
+        "after_rank_0(); note('ValueError: bad shard\\nand more'); sys.exit(1)",
+        "failed: ValueError: bad shard",
+    ),
+    "exited": ("after_rank_0(); sys.exit(7)", "ended with status 7"),
+    "lost": ("sys.exit(0)", ""),
+}
+
+
+def with_ranks(checkout: Checkout, ranks: dict[str, str]) -> dict[str, str]:
+    """A titan_moe.train of two ranks under the real torchrun."""
+    (checkout.root / "titan_moe").mkdir()
+    (checkout.root / "titan_moe" / "train.py").write_text(FAKE_TRAIN)
+    shutil.copy(ROOT / "titan_moe" / "launch.py", checkout.root / "titan_moe")
+    scratch = checkout.root / "tmp"
+    scratch.mkdir()
+    return {"NGPU": "2", "FAKE_RANKS": json.dumps(ranks), "TMPDIR": str(scratch)}
+
+
+@pytest.mark.parametrize(
+    "cause",
+    ["killed", "raised", *(pytest.param(cause, marks=pytest.mark.slow) for cause in ("exited", "lost"))],
+)
+def test_the_last_line_names_the_rank_and_the_cause(ready, cause):
+    does, says = CAUSES[cause]
+    told = with_ranks(ready, {"0": LOST if says else f"note({RESET!r}); sys.exit(1)", "1": does})
+    result = ready.run("run_train.sh", **told)
+    assert result.returncode == 1
+    *report, last = result.stderr.splitlines()
+    rank = 1 if says else 0
+    (log,) = (ready.root / "tmp").glob(f"titan_moe_*/*/attempt_0/{rank}/stderr.log")
+    says = says or f"failed: {RESET}"
+    assert last == f"titan_moe: rank {rank} on {socket.gethostname()} {says} (its log: {log})"
+    # torchrun by itself takes the earliest clock for the cause.
+    root_cause = report[report.index("Root Cause (first observed failure):") :]
+    assert any(line.split() == ["rank", ":", "0", "(local_rank:", "0)"] for line in root_cause)
+
+
+def test_a_run_that_ends_well_has_no_last_line(ready):
+    result = ready.run("run_train.sh", **with_ranks(ready, {"0": "print('loss 7.5')", "1": ""}))
+    assert result.returncode == 0
+    assert "loss 7.5" in result.stdout
+    assert "titan_moe:" not in result.stderr
+
+
+def test_a_signal_to_the_script_reaches_the_ranks(ready, tmp_path):
+    file = f"{str(tmp_path)!r} + '/pid' + os.environ['RANK']"
+    wait = f"open({file}, 'w').write(str(os.getpid())); time.sleep(600)"
+    process = ready.start(**with_ranks(ready, {"0": wait, "1": wait}))
+    files = [tmp_path / "pid0", tmp_path / "pid1"]
+    until(lambda: all(file.exists() and file.read_text() for file in files))
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode not in (0, None)
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
 
 
 @pytest.mark.parametrize("name", ["no such.toml", "", "train_configs"])
@@ -385,7 +467,7 @@ def test_the_call_of_the_plan(ready):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     (call,) = ready.calls("titan_moe.plan")
     assert call == [DEFAULT_CONFIG, "--memory-gib", "40", "NGPU=512", "NNODES=1", "CUDA_VISIBLE_DEVICES="]
-    assert ready.calls("titan_moe.config") == ready.calls("torch.distributed.run") == []
+    assert ready.calls("titan_moe.config") == ready.calls("titan_moe.launch") == []
 
 
 def test_a_plan_for_many_nodes_needs_none_of_them(ready):
@@ -430,7 +512,7 @@ def test_slurm_starts_one_task_per_node_and_each_meets_the_first(cluster):
     options = "--nodes 3 --ntasks 3 --ntasks-per-node 1 --kill-on-bad-exit=1 bash"
     script = str(cluster.root / "run_train.sh")
     assert task == [*options.split(), script, DEFAULT_CONFIG, "--training.steps", "3"]
-    (call,) = cluster.calls("torch.distributed.run")
+    (call,) = cluster.calls("titan_moe.launch")
     given = dict(itertools.pairwise(call))
     assert (given["--nnodes"], given["--nproc-per-node"]) == ("3", "4")
     assert given["--rdzv-endpoint"] == "node7:22345"
@@ -451,7 +533,7 @@ def test_slurm_runs_from_a_copy_and_keeps_what_is_set(cluster, tmp_path):
         timeout=60,
     )
     assert (copied.returncode, copied.stderr) == (0, "")
-    given = dict(itertools.pairwise(cluster.calls("torch.distributed.run")[0]))
+    given = dict(itertools.pairwise(cluster.calls("titan_moe.launch")[0]))
     assert (given["--nproc-per-node"], given["--rdzv-endpoint"]) == ("2", "node8:1")
     assert str(cluster.root / "run_train.sh") in cluster.calls("srun")[0]
 
@@ -516,7 +598,7 @@ def test_ci_tests_then_trains(checkout):
         "pyrefly",
         "pytest",
         "titan_moe.config",
-        "torch.distributed.run",
+        "titan_moe.launch",
     ]
 
 

@@ -2,7 +2,8 @@
 
 A save that was cut short leaves no ``.metadata``: torchtitan then continues from the one before, and here
 says so. A damaged file would load as other numbers, since torch skips the CRCs that its archives carry: here
-they are checked, each rank its part of the entries, before anything is loaded.
+they are checked, each rank its part of the entries, before anything is loaded. A last step in Hugging Face's
+format has weights only: a run that goes on, goes on from the DCP checkpoint before it.
 """
 
 import io
@@ -18,6 +19,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.components import checkpointer as upstream
 from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
+
+_INDEX = "model.safetensors.index.json"
 
 
 class CheckpointError(RuntimeError):
@@ -37,31 +40,88 @@ class CheckpointManager(upstream.CheckpointManager):
         super().__init__(config, **kwargs)
         self.verify = config.verify
 
+    def exported_step(self) -> int:
+        """The last step that was saved in Hugging Face's format; -1 if none was."""
+        return max(exported(Path(self.folder)), default=-1) if self.enable else -1
+
     def _find_load_step(self, folder: str = "") -> int:
+        here = Path(folder or self.folder)
         found = super()._find_load_step(folder)
-        for step in unfinished(Path(folder or self.folder), newer_than=found):
+        if found in exported(here):
+            weights = here / f"step-{found}"
+            found = max(complete(here), default=-1)
+            if found < 0:
+                raise CheckpointError(self._weights_only(weights))
+            logger.warning(f"{weights} has weights only (Hugging Face); continuing from step {found}")
+        for step in unfinished(here, newer_than=found):
             instead = f"continuing from step {found}" if found >= 0 else "there is none before it"
             logger.warning(f"checkpoint of step {step} has no .metadata, its save did not finish; {instead}")
         return found
+
+    def dcp_save(
+        self,
+        state_dict: dict[str, Any],
+        checkpoint_id: str,
+        async_mode: upstream.AsyncMode,
+        enable_garbage_collection: bool = False,
+        to_hf: bool = False,
+    ) -> Any:
+        """As torchtitan; the expert bias keeps its dtype, and a Hugging Face folder is made complete."""
+        whole = self.states[upstream.MODEL].state_dict()
+        state_dict |= {name: whole[name] for name in state_dict if name.endswith(".expert_bias_E")}
+        saving = super().dcp_save(state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf)
+        if to_hf and _rank_and_size()[0] == 0:
+            adapter: Any = self.sd_adapter
+            adapter.write_beside(checkpoint_id, self.export_dtype)
+        return saving
 
     def dcp_load(
         self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
     ) -> None:
         """As torchtitan. Raises CheckpointError on all ranks, before anything is loaded."""
+        if not from_hf and exports(Path(checkpoint_id)):
+            raise CheckpointError(self._weights_only(Path(checkpoint_id)))
         if self.verify and not from_hf and not filesystem.is_remote(checkpoint_id):
             _raise_together(damage(Path(checkpoint_id), *_rank_and_size()))
         super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
 
+    def _weights_only(self, checkpoint: Path) -> str:
+        what = f"{checkpoint} has weights only (Hugging Face)"
+        if checkpoint.parent != Path(self.folder):
+            return f"{what}; set checkpoint.initial_load_in_hf = true"
+        if steps := complete(checkpoint.parent):
+            return f"{what}; continue from another with checkpoint.load_step = {steps[-1]}"
+        return (
+            f"{what}, and no other checkpoint is there; start from it with another dump_folder, "
+            "checkpoint.initial_load_in_hf = true and "
+            f"checkpoint.initial_load_path = '{checkpoint.absolute()}'"
+        )
+
+
+def complete(folder: Path) -> list[int]:
+    """Steps of a folder that can be continued from: ``.metadata`` is what a DCP save writes last."""
+    return [step for step, path in _steps(folder) if (path / ".metadata").exists()]
+
+
+def exported(folder: Path) -> list[int]:
+    """Steps of a folder that are in Hugging Face's format."""
+    return [step for step, path in _steps(folder) if exports(path)]
+
+
+def exports(checkpoint: Path) -> bool:
+    """Whether it is in Hugging Face's format alone: a run that went on may have saved both."""
+    return (checkpoint / _INDEX).exists() and not (checkpoint / ".metadata").exists()
+
 
 def unfinished(folder: Path, *, newer_than: int) -> list[int]:
-    """Steps after ``newer_than`` with a folder but no ``.metadata``, which is what a save writes last."""
-    steps = []
-    for entry in folder.glob("step-*"):
-        match = re.fullmatch(r"step-(\d+)", entry.name)
-        complete = any((entry / name).exists() for name in (".metadata", "model.safetensors.index.json"))
-        if match and not complete and int(match[1]) > newer_than:
-            steps.append(int(match[1]))
-    return sorted(steps)
+    """Steps after ``newer_than`` with a folder in which no format is complete."""
+    whole = {*complete(folder), *exported(folder)}
+    return [step for step, _ in _steps(folder) if step > newer_than and step not in whole]
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def damage(checkpoint: Path, rank: int, size: int) -> str | None:

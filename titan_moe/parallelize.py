@@ -43,7 +43,7 @@ def parallelize(
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for moe in layers:
         shard_moe(moe, ep=parallel_dims.ep_enabled, sp=parallelism.enable_sequence_parallel)
-    if parallel_dims.cp_enabled:
+    if parallel_dims.cp_enabled and blocks:  # a PP stage may hold the head alone
         # torchtitan: CP wraps the attention's forward before local_map does.
         apply_cp_to_forward(
             [block.attention.inner_attention for block in blocks], parallel_dims.get_mesh("cp")

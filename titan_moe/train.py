@@ -19,6 +19,7 @@ from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.trainer import Trainer as TorchtitanTrainer
 
+from titan_moe.checkpoint import CheckpointManager
 from titan_moe.config import ConfigError, Job, load, write_resolved
 from titan_moe.metrics import MetricsProcessor
 from titan_moe.numerics.capture import Capture, forget_capture
@@ -99,8 +100,9 @@ class Trainer(TorchtitanTrainer):
         return parallel_dims
 
     def train(self) -> None:
-        """As torchtitan; a replay that was to be checked must have been."""
-        super().train()
+        """As torchtitan, unless it is done; a replay that was to be checked must have been."""
+        if not self._is_done():
+            super().train()
         if self.replay is not None:
             self.replay.finish()
 
@@ -135,6 +137,17 @@ class Trainer(TorchtitanTrainer):
         replay: TrainingReplay | None = getattr(self, "replay", None)  # None: the constructor failed
         if replay is not None:
             replay.close()
+
+    def _is_done(self) -> bool:
+        """Whether the last step is there in Hugging Face's format, which torchtitan cannot load to see it."""
+        checkpointer, steps = cast(CheckpointManager, self.checkpointer), self.config.training.steps
+        exported = checkpointer.exported_step() if self.config.checkpoint.load_step == -1 else -1
+        if exported >= steps:
+            logger.info(
+                f"{checkpointer.folder}/step-{exported} is the end of this run, in Hugging Face's format; to "
+                f"go on from the checkpoint before it, raise training.steps ({steps})"
+            )
+        return exported >= steps
 
     def _place(self) -> Place:
         config, dims = self.config, self.parallel_dims

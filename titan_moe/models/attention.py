@@ -56,7 +56,7 @@ def swap_attention(model: BaseModel.Config) -> None:
         return
     # Compiling the making of a mask takes longer than a run here.
     for module in (upstream, context_parallel):
-        module._compiled_create_block_mask = create_block_mask
+        setattr(module, "_compiled_create_block_mask", create_block_mask)  # noqa: B010
     for kind in (FlexAttention.Config, VarlenAttention.Config):
         found: list[Any] = list(model.traverse(kind))
         for _, _, parent, attr in found:

@@ -238,14 +238,20 @@ def microbatches_suit_the_schedule(facts: Facts) -> None:
         )
 
 
-def split_backward_recomputes_whole(facts: Facts) -> None:
-    """A zero-bubble schedule goes back twice, for inputs and for weights; SAC keeps things for once."""
-    selective = isinstance(facts.trainer.activation_checkpoint, SelectiveAC.Config)
-    if facts.pp > 1 and selective and _schedule(facts) in _SPLIT:
+def split_backward_is_possible(facts: Facts) -> None:
+    """A zero-bubble schedule goes back twice: for inputs, and later for weights."""
+    if facts.pp == 1 or _schedule(facts) not in _SPLIT:
+        return
+    twice = f"{facts.show('parallelism.pipeline_parallel_schedule')} runs two, for inputs and for weights"
+    if isinstance(facts.trainer.activation_checkpoint, SelectiveAC.Config):
         raise Broken(
-            f"activation_checkpoint.mode (selective) keeps activations for one backward, and "
-            f"{facts.show('parallelism.pipeline_parallel_schedule')} runs two, for inputs and for weights; "
+            f"activation_checkpoint.mode (selective) keeps activations for one backward, and {twice}; "
             "use mode = 'full' or 'none', or 'Interleaved1F1B'"
+        )
+    if facts.trainer.compile.enable and "model" in facts.trainer.compile.components:
+        raise Broken(
+            f"compile.enable with 'model' in compile.components makes layers with one backward, and {twice}; "
+            "switch it off, or use 'Interleaved1F1B'"
         )
 
 
@@ -280,6 +286,6 @@ RULES = (
     sequence_divides_over_cp,
     pipeline_has_stages,
     microbatches_suit_the_schedule,
-    split_backward_recomputes_whole,
+    split_backward_is_possible,
     fsdp_splits_experts_evenly,
 )

@@ -17,6 +17,12 @@ from titan_moe.config.errors import nearest
 from titan_moe.config.rules.facts import Broken, Facts
 from titan_moe.config.sections import OptimizerSection
 from titan_moe.data import TextDataLoader
+from titan_moe.models.hugging_face.config_json import (
+    HuggingFaceError,
+    has_expert_bias,
+    hf_config,
+    routes_by_bias,
+)
 
 # Numbers that torchtitan would divide by, wait for or index with: key -> (lowest, highest).
 RANGES: dict[str, tuple[float, float | None]] = {
@@ -204,6 +210,24 @@ def checkpoint_is_consistent(facts: Facts) -> None:
             )
 
 
+def last_save_has_a_hugging_face_form(facts: Facts) -> None:
+    """config.json can say what the model computes, and the format has a place for the expert bias."""
+    checkpoint = facts.trainer.checkpoint
+    if not (checkpoint.enable and checkpoint.last_save_in_hf):
+        return
+    try:
+        hf_config(facts.model)
+    except HuggingFaceError as error:
+        raise Broken(f"checkpoint.last_save_in_hf (true): {error}") from None
+    if has_expert_bias(facts.model) and not routes_by_bias(facts.model):
+        coeff = next(c.load_balance_coeff for _, c in facts.moe_layers if c.load_balance_coeff is not None)
+        raise Broken(
+            f"checkpoint.last_save_in_hf (true): the expert bias (moe.load_balance_coeff, {coeff}) takes "
+            f"part in routing, and in Hugging Face's form of {facts.flavor} it has no place; train with "
+            "moe.load_balance_coeff = 'none', or remove the key and export with --drop-expert-bias"
+        )
+
+
 def dump_folder_is_a_folder(facts: Facts) -> None:
     """Every rank writes below it."""
     path = facts.trainer.dump_folder
@@ -284,6 +308,7 @@ RULES = (
     optimizer_accepts_its_arguments,
     seed_checkpoint_is_unsharded,
     checkpoint_is_consistent,
+    last_save_has_a_hugging_face_form,
     dump_folder_is_a_folder,
     data_exists,
     tokenizer_fits_the_model,

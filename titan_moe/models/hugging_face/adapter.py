@@ -5,6 +5,7 @@ import re
 import weakref
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from torchtitan.models.utils import MoEStateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
 
+from titan_moe.models.hugging_face.beside import write_beside
 from titan_moe.models.hugging_face.config_json import (
     HuggingFaceError,
     has_expert_bias,
+    hf_config,
     routes_by_bias,
 )
 from titan_moe.models.hugging_face.folder import EXPERT_BIAS, Folder
@@ -104,6 +107,14 @@ class HuggingFaceAdapter(MoEStateDictAdapter):
         for name in [name for name in asked if name.endswith(EXPERT_BIAS) and name not in folder.tensors]:
             del asked[name]  # Qwen3-MoE and DeepSeek-V2 have none: ours starts from zero
         return folder.reader()
+
+    def write_beside(self, folder: str, dtype: torch.dtype) -> None:
+        """Adds config.json and the tokenizer to what ``checkpoint.last_save_in_hf`` wrote, in ``dtype``.
+
+        Raises:
+            HuggingFaceError: as ``hf_config``; a config rule says so before the training.
+        """
+        write_beside(Path(folder), hf_config(self.model_config), dtype, Path(self.hf_assets_path or ""))
 
     @cached_property
     def _native_names(self) -> set[str]:

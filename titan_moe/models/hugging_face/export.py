@@ -1,8 +1,6 @@
 """A checkpoint of ours as a folder that transformers opens: weights, config.json, tokenizer."""
 
-import json
 import pickle
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,29 +9,15 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_moe.models.hugging_face.adapter import MAX_FILE_BYTES, HuggingFaceAdapter
+from titan_moe.models.hugging_face.beside import write_beside, write_json
 from titan_moe.models.hugging_face.config_json import HuggingFaceError, hf_config, routes_by_bias
 from titan_moe.models.hugging_face.folder import EXPERT_BIAS, Folder
 
-# What transformers, vLLM and torchtitan look for beside the weights.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 
 
 def export(
@@ -82,8 +66,8 @@ def export(
         files |= dict.fromkeys(tensors, file)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": files}
-    _write_json(out / "model.safetensors.index.json", index)
-    _write_beside(out, config, dtype, assets)
+    write_json(out / "model.safetensors.index.json", index)
+    write_beside(out, config, dtype, assets)
     return len(files)
 
 
@@ -103,7 +87,7 @@ def describe(adapter: HuggingFaceAdapter, folder: Path, *, assets: Path, drop_bi
     if not routes_by_bias(model) and not drop_bias:
         _refuse_bias(found.largest_expert_bias())
     stored = next(t.dtype for name, t in found.tensors.items() if not name.endswith(EXPERT_BIAS))
-    _write_beside(folder, config, _DTYPES[stored], assets)
+    write_beside(folder, config, _DTYPES[stored], assets)
     return found
 
 
@@ -164,29 +148,3 @@ def _read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch
 def _copy(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """safetensors refuses views, which the experts of one layer are."""
     return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _write_beside(out: Path, config: dict[str, Any], dtype: torch.dtype, assets: Path) -> None:
-    """config.json, with the ids of the special tokens, and the tokenizer's files."""
-    config = config | _special_tokens(assets) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    for name in _TOKENIZER_FILES:
-        if (assets / name).is_file() and not (out / name).exists():
-            shutil.copyfile(assets / name, out / name)
-    _write_json(out / "config.json", config)
-
-
-def _special_tokens(assets: Path) -> dict[str, Any]:
-    """``eos_token_id`` and the like; null where unknown, or transformers would take its own defaults."""
-    ids: dict[str, Any] = dict.fromkeys(f"{name}_id" for name in _SPECIAL_TOKENS)
-    names, vocabulary = assets / "tokenizer_config.json", assets / "tokenizer.json"
-    if names.is_file() and vocabulary.is_file():
-        tokenizer, given = Tokenizer.from_file(str(vocabulary)), json.loads(names.read_text(encoding="utf-8"))
-        for name in _SPECIAL_TOKENS:
-            token = given.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            ids[f"{name}_id"] = tokenizer.token_to_id(token) if token else None
-    return ids
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
