@@ -346,8 +346,7 @@ class Matrix:
             *cell.flags,
         ]
         whole = str(self.folder / f"whole-{reference}")
-        # Of more than two stages the first and the last send less than the others.
-        in_step = cell.pp <= 2
+        in_step = cell.pp == 1  # stages hold other layers, and the first and the last send less
         try:
             return run_ranks(train, cell.ranks, argv, whole, sabotage, timeout_s=TIMEOUT_S, in_step=in_step)
         finally:
