@@ -131,6 +131,11 @@ CASES: dict[str, list[Case]] = {
             says=r"schedule \(PipelineScheduleMulti\) needs parallelism.pipeline_parallel_schedule_csv",
         ),
         Case(
+            fails=f"{_P}pipeline_parallel_degree 5 {_P}pipeline_parallel_layers_per_stage 2",
+            failing_ranks=5,
+            says=r"\(2\) makes 4 stages of 8 layers, .* wants exactly 1 per rank; remove the key",
+        ),
+        Case(
             passes=f"{_LOOPED} {_P}pipeline_parallel_layers_per_stage 1",
             fails=f"{_DUAL} {_P}pipeline_parallel_layers_per_stage 1",
             says=r"makes 8 stages of 8 layers, .* wants exactly 2 per rank; use 2",

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
 from torch.nn.utils import clip_grad
 from torchtitan.tools import utils
 
+from tests.matrix import refusal
 from tests.ranks import RankContext, run_ranks
 from titan_moe import device
 
@@ -254,3 +256,37 @@ print(torchtitan.components.metrics.device_type, utils.device_module.current_dev
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False
     )
     assert (ran.returncode, ran.stdout.split()) == (0, ["cpu", "0"]), ran.stderr[-2000:]
+
+
+class Rotated(torch.nn.Module):
+    """Multiplies by a buffer, which backward needs, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor([2.0, 3.0]))
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return x * self.factor
+
+
+class TestLearningShapes:
+    """A pipeline stage's first forward, on made-up values."""
+
+    def test_buffers_come_back_and_backward_still_works(self) -> None:
+        module, x = Rotated(), torch.ones(2, requires_grad=True)
+        out = PipelineStage._compute_outputs(None, x, module=module)  # type: ignore[arg-type]
+        assert module.count.item() == 0
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert gradient.tolist() == [2.0, 3.0]
+
+    def test_without_the_care_the_count_stays(self) -> None:
+        module = Rotated()
+        PipelineStage._compute_outputs.__wrapped__(None, torch.ones(2), module=module)  # type: ignore[attr-defined]
+        assert module.count.item() == 1
+
+    def test_a_torch_that_learns_otherwise_refuses_pipelines(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(PipelineStage, "_compute_outputs")
+        device.fill_gaps()
+        assert refusal("--parallelism.pipeline_parallel_degree 2").endswith("use 1, or torch 2.13")

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 from tests.faults import FAULTS
-from tests.matrix import CELLS, REFUSED, Cell, Matrix, main, refusal
+from tests.matrix import CELLS, MARKS, REFUSED, ROOT, Cell, Matrix, main, refusal, table_line
 from tests.ranks import close_pools
 
 
@@ -37,6 +38,12 @@ def _count_made_up_tokens(_: list[Any]) -> None:
     PipelineStage._compute_outputs = PipelineStage._compute_outputs.__wrapped__  # type: ignore[method-assign]
 
 
+def _push_the_bias_of_rank_0(moes: list[Any]) -> None:
+    """All by as much, so that its routes stay."""
+    if dist.get_rank() == 0:
+        moes[0].expert_bias_E += 1.0
+
+
 @pytest.fixture
 def _own_workers() -> Iterator[None]:
     """What a fault patched is gone with the workers."""
@@ -51,11 +58,27 @@ class TestPlanted:
         held = matrix.run(Cell(tp=2, ep=2, seq_len=127), _flat_offset)
         assert any(problem.startswith("gradients ") for problem in held.problems)
 
+    def test_one_rank_alone_is_red(self, matrix: Matrix) -> None:
+        held = matrix.run(Cell(tp=2, ep=2, seq_len=127), _push_the_bias_of_rank_0)
+        assert held.problems == ("first_bias of layers.1.moe", "expert_bias of layers.1.moe")
+
     @pytest.mark.usefixtures("_own_workers")
     def test_tokens_that_a_pipeline_makes_up_are_red(self, matrix: Matrix) -> None:
         held = matrix.run(Cell(ranks=2, pp=2, seq_len=127), _count_made_up_tokens)
         assert "first_load of layers.1.moe" in held.problems
         assert not any(problem.startswith("gradients ") for problem in held.problems)
+
+
+def test_the_page_has_every_cell_and_every_refusal() -> None:
+    """docs/meshes.md is what the command prints; a cell or a message that changed makes it stale."""
+    page = (ROOT / "docs" / "meshes.md").read_text().split(MARKS[0])[1].split(MARKS[1])[0]
+    lines = [line for line in page.splitlines() if line.endswith("  held")]
+    assert len(lines) == len(CELLS)
+    for cell, line in zip(CELLS, lines, strict=True):
+        assert line.startswith(table_line(cell, None, "").rstrip())
+    for arguments in REFUSED:
+        assert f"  {arguments}\n      {refusal(arguments)}\n" in page
+    assert f"| {len(CELLS)} cells: " in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("arguments", REFUSED)

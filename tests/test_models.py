@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor.experimental._context_parallel import _attention as context_parallel
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
+from torchtitan.models.common import attention
 from torchtitan.models.common import moe as upstream
 from torchtitan.models.common.attention import (
     FlexAttention,
@@ -467,6 +470,13 @@ class TestPackedSDPA:
 
 
 class TestSwapAttention:
+    @pytest.mark.parametrize("module", [attention, context_parallel])
+    def test_the_mask_is_not_compiled(self, module: Any) -> None:
+        """That takes longer than a run on CPU; under another name it would come back."""
+        swap_attention(stock_spec("deepseek_v3", "debugmodel").model)
+        assert module._compiled_create_block_mask is create_block_mask
+        assert "_compiled_create_block_mask" in inspect.getsource(module)
+
     @pytest.mark.parametrize("backend", ["flex", "varlen"])
     def test_replaces_all(self, backend: str) -> None:
         config = stock_spec("deepseek_v3", "debugmodel", attn_backend=backend).model

@@ -348,6 +348,12 @@ class TestCommand:
             (("--model.moe=torchtitan",), "model.moe ('torchtitan')"),
             (("--memory-gib=0",), "--memory-gib (0)"),
             (("--memory-gib=x",), "--memory-gib"),
+            (("--memory-gib=nan",), "--memory-gib (nan)"),
+            (("--json=/tmp",), "--json (/tmp) is a folder"),
+            (
+                ("--compile.enable", "--activation_checkpoint.mode=memory_budget"),
+                "activation_checkpoint.mode (memory_budget)",
+            ),
             (("--ranks-per-node=-1",), "--ranks-per-node (-1)"),
             (("--json=/no/such/folder/plan.json",), "/no/such/folder"),
         ],

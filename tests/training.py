@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +40,8 @@ def train(
 
     Returns:
         "records" of metrics.jsonl; "expert_bias" per layer; "first_bias" and "first_load" (counts) per
-        layer, after one step; "gradient_errors" and "parameter_errors" by name: the distance relative to
-        the gradient, and to what the parameter moved;
+        layer, after one step; "validation" losses; "gradient_errors" and "parameter_errors" by name: the
+        distance relative to the gradient, and to what the parameter moved;
         "replicas_differ": names of parameters that are replicated over TP and do not have the same bits
         there; "none_gradients" of the first step. Under PP a rank tells of its own stages.
     """
@@ -56,6 +57,7 @@ def train(
     known = reference is not None and os.path.isdir(reference)
     whole: dict[str, Any] | None = {} if reference is not None else None
     trainer.optimizers.register_step_pre_hook(lambda *_: _watch_first_step(trainer, whole, results))
+    results["validation"] = _watch_validation(trainer)
     try:
         if job.trainer.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
@@ -74,6 +76,19 @@ def train(
     results["expert_bias"] = _expert_bias(trainer)
     results["replicas_differ"] = _replicas_differ(trainer)
     return results
+
+
+def _watch_validation(trainer: Trainer) -> list[float]:
+    """The losses that this rank will be told, as its logger is."""
+    processor, told = trainer.metrics_processor, []
+    log = processor.logger.log
+
+    def note(metrics: dict[str, Any], step: int) -> None:
+        told.extend(value for key, value in metrics.items() if key == "validation_metrics/loss")
+        log(metrics, step)
+
+    processor.logger.log = note  # type: ignore[method-assign]
+    return told
 
 
 def _watch_first_step(trainer: Trainer, whole: dict[str, Any] | None, results: dict[str, Any]) -> None:
@@ -115,7 +130,8 @@ def _compare(whole: dict[str, dict[str, torch.Tensor]], reference: str) -> dict[
 
 
 def _distance(ours: torch.Tensor, theirs: torch.Tensor, scale: torch.Tensor) -> float:
-    return ((ours - theirs).norm() / scale.norm().clamp_min(1e-30)).item()
+    distance = ((ours - theirs).norm() / scale.norm().clamp_min(1e-30)).item()
+    return distance if math.isfinite(distance) else math.inf  # max() would pass over a NaN
 
 
 def _whole(trainer: Trainer, *, of_gradients: bool = False) -> dict[str, torch.Tensor]:

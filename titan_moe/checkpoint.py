@@ -69,11 +69,10 @@ class CheckpointManager(upstream.CheckpointManager):
         """As torchtitan; the expert bias keeps its dtype, and a Hugging Face folder is made complete."""
         whole = self.states[upstream.MODEL].state_dict()
         state_dict |= {name: whole[name] for name in state_dict if name.endswith(".expert_bias_E")}
-        saving = super().dcp_save(state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf)
         if to_hf and _rank_and_size()[0] == 0:
-            adapter: Any = self.sd_adapter
+            adapter: Any = self.sd_adapter  # first: the index of the weights is what says complete
             adapter.write_beside(checkpoint_id, self.export_dtype)
-        return saving
+        return super().dcp_save(state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf)
 
     def dcp_load(
         self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool

@@ -31,8 +31,9 @@ def fill_gaps() -> None:
     for schedule in (schedules.PipelineScheduleSingle, schedules.PipelineScheduleMulti):
         if "arg_mbs" not in inspect.signature(schedule.step).parameters:
             setattr(schedule, "step", _step_by_microbatch)  # noqa: B010
-    if not hasattr(PipelineStage._compute_outputs, "__wrapped__"):
-        setattr(PipelineStage, "_compute_outputs", _leaving_buffers(PipelineStage._compute_outputs))  # noqa: B010
+    learn_shapes = getattr(PipelineStage, "_compute_outputs", None)  # None: config/rules/mesh.py refuses PP
+    if learn_shapes is not None and not hasattr(learn_shapes, "__wrapped__"):
+        setattr(PipelineStage, "_compute_outputs", _leaving_buffers(learn_shapes))  # noqa: B010
     if not torch.accelerator.is_available():
         _become_cpu()
 
@@ -42,11 +43,12 @@ def _leaving_buffers(compute_outputs: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compute_outputs)
     def compute(self: Any, *args: Any, module: torch.nn.Module, **kwargs: Any) -> Any:
-        before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
         outputs = compute_outputs(self, *args, module=module, **kwargs)
         with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+            for buffer, version, value in before:
+                if buffer._version != version:  # the others may be saved for the backward that follows
+                    buffer.copy_(value)
         return outputs
 
     return compute

@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from os.path import getmtime
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -29,7 +30,8 @@ def main(argv: Sequence[str]) -> None:
         run.main(["--log-dir", logs, *argv])
     except ChildFailedError as error:
         rank, failure = _culprit(error.failures)
-        (log,) = glob.glob(f"{logs}/*/attempt_*/{failure.local_rank}/stderr.log") or [logs]
+        found = glob.glob(f"{logs}/*/attempt_*/{failure.local_rank}/stderr.log")
+        log = max(found, default=logs, key=getmtime)
         line = f"titan_moe: rank {rank} on {socket.gethostname()} {_fate(failure)} (its log: {log})"
         print(f"{error}\n{line}", file=sys.stderr)
         sys.exit(1)

@@ -23,7 +23,7 @@ class MetricsProcessor(upstream.MetricsProcessor):
         self.writes = dist.get_rank() == 0
         # In a schedule that goes down and up again, the last stage is the first rank's.
         folded = pp_schedule.lower() in ("zbvzerobubble", "dualpipev")
-        self.last_stage = 0 if folded or not self.parallel_dims.pp_enabled else self.parallel_dims.pp - 1
+        self.last_stage = -1 if self.parallel_dims.pp_enabled and not folded else 0
         self.file = Path(dump_folder) / "metrics.jsonl"
         self.file_is_ours = False
 
@@ -36,9 +36,10 @@ class MetricsProcessor(upstream.MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         """Called on every rank, at logged steps. Gathers loss, load and traffic of all pipeline stages."""
+        global_avg_loss, global_max_loss = self._of_last_stage((global_avg_loss, global_max_loss))
         record = {
             "step": step,
-            "loss": self._of_all_stages(global_avg_loss)[self.last_stage],
+            "loss": global_avg_loss,
             "grad_norm": grad_norm,
             "tokens_per_second": self._tokens_per_second(),
             "lr": {
@@ -54,6 +55,13 @@ class MetricsProcessor(upstream.MetricsProcessor):
         if self.writes:
             self._write(record)
             logger.info(console_line(record))
+
+    def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
+        """As torchtitan, with the last pipeline stage's loss on every rank. Collective."""
+        super().log_validation(self._of_last_stage(loss), step, extra_metrics)
+
+    def _of_last_stage(self, loss: Any) -> Any:
+        return self._of_all_stages(loss)[self.last_stage]
 
     def _tokens_per_second(self) -> float:
         """Over all data-parallel ranks, which hold equally many tokens."""

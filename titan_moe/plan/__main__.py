@@ -56,12 +56,14 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--ranks-per-node", type=int, default=0)
     parser.add_argument("--json", type=Path)
     flags, config = parser.parse_known_args(argv)
-    if flags.memory_gib <= 0:
+    if not 0 < flags.memory_gib < float("inf"):
         fail(f"--memory-gib ({flags.memory_gib:g}) must be more than 0")
     if flags.ranks_per_node < 0:
         fail(f"--ranks-per-node ({flags.ranks_per_node}) must be at least 1")
     if flags.json is not None and not flags.json.parent.is_dir():
         fail(f"--json ({flags.json}): no folder {flags.json.parent}")
+    if flags.json is not None and flags.json.is_dir():
+        fail(f"--json ({flags.json}) is a folder; name a file")
     return flags, config
 
 

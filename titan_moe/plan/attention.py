@@ -1,5 +1,6 @@
 """A stand-in for the fused attention of a GPU: its shapes and what it keeps, no arithmetic."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,4 +95,5 @@ def planned(ac_config: ActivationCheckpointing.Config | None) -> ActivationCheck
     """``ac_config``, for a model with the stand-in in it."""
     if type(ac_config) is not SelectiveAC.Config:
         return ac_config
-    return PlannedSelectiveAC.Config(**{name: getattr(ac_config, name) for name in ac_config.__slots__})
+    fields = {f.name: getattr(ac_config, f.name) for f in dataclasses.fields(ac_config)}
+    return PlannedSelectiveAC.Config(**fields)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 
 from titan_moe import dispatch
 from titan_moe.config import ConfigError, Job, load
@@ -117,6 +118,11 @@ def refuse_what_is_not_rehearsed(job: Job) -> None:
         )
     if job.resolved["model"]["moe"] != "titan_moe":
         raise ConfigError("model.moe ('torchtitan'): the plan rehearses titan_moe's layer; remove the key")
+    if isinstance(job.trainer.activation_checkpoint, MemoryBudgetAC.Config):
+        raise ConfigError(
+            "activation_checkpoint.mode (memory_budget): only compiled code knows its budget, and the plan "
+            "rehearses it eagerly; plan with 'selective' or 'full'"
+        )
     if job.trainer.checkpoint.create_seed_checkpoint:
         raise ConfigError("checkpoint.create_seed_checkpoint (true): nothing is trained; remove the key")
 

@@ -73,7 +73,6 @@ class Wire(TorchDispatchMode):
 
     Attributes:
         sent: bytes to other ranks, by ``Call``.
-        calls: how many collectives, by ``Call``.
     """
 
     def __init__(self, axis_of_group: dict[str, str]) -> None:
@@ -81,7 +80,6 @@ class Wire(TorchDispatchMode):
         super().__init__()
         self.axis_of_group = axis_of_group
         self.sent: Counter[Call] = Counter()
-        self.calls: Counter[Call] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if wraps_another(types):
@@ -108,7 +106,6 @@ class Wire(TorchDispatchMode):
             sent = _SHARES[kind](sum(map(_bytes, tensors)), group.size())
         call = Call(self.axis_of_group.get(group.group_name, "world"), kind, tensors[0].dtype)
         self.sent[call] += round(sent)
-        self.calls[call] += 1
 
 
 def wraps_another(types: Any) -> bool:

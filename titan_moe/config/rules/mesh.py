@@ -4,6 +4,8 @@ import math
 import os
 from typing import Any
 
+import torch
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
@@ -167,6 +169,12 @@ def pipeline_has_stages(facts: Facts) -> None:
             f"{facts.show('parallelism.pipeline_parallel_schedule')} needs "
             "parallelism.pipeline_parallel_schedule_csv, which says what runs when; name one, or use '1F1B'"
         )
+    if not hasattr(PipelineStage, "_compute_outputs"):
+        raise Broken(
+            f"{facts.show('parallelism.pipeline_parallel_degree')}: torch {torch.__version__} learns a "
+            "stage's shapes in a way that titan_moe.device does not know, and would count made-up tokens; "
+            "use 1, or torch 2.13"
+        )
     if facts.parallelism.module_fqns_per_model_part is None:
         _stages_fit(facts, schedule)
 
@@ -195,13 +203,18 @@ def _stages_fit(facts: Facts, schedule: type) -> None:
     single = issubclass(schedule, PipelineScheduleSingle)
     layers, stages, wanted = _layers(facts), _stages(facts), facts.pp if single else 2 * facts.pp
     exactly = single or schedule in _FOLDED
-    if stages % facts.pp or (stages != wanted if exactly else stages < wanted):
+
+    def fits(stages: int) -> bool:
+        return stages % facts.pp == 0 and (stages == wanted if exactly else stages >= wanted)
+
+    if not fits(stages):
+        better = math.ceil(layers / wanted)
         raise Broken(
             f"{facts.show('parallelism.pipeline_parallel_layers_per_stage')} makes {stages} stages of "
             f"{layers} layers, but {facts.show('parallelism.pipeline_parallel_schedule')} on "
             f"{facts.show('parallelism.pipeline_parallel_degree')} wants "
             f"{'exactly' if exactly else 'at least'} {wanted // facts.pp} per rank; "
-            f"use {math.ceil(layers / wanted)}"
+            f"{f'use {better}' if fits(math.ceil(layers / better)) else 'remove the key'}"
         )
     first = facts.parallelism.pipeline_parallel_first_stage_less_layers
     last = facts.parallelism.pipeline_parallel_last_stage_less_layers

@@ -33,6 +33,7 @@ def write_beside(out: Path, config: dict[str, Any], dtype: torch.dtype, assets: 
         assets: the folder with the tokenizer.
     """
     config = config | _special_tokens(assets) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    out.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         if (assets / name).is_file() and not (out / name).exists():
             shutil.copyfile(assets / name, out / name)
