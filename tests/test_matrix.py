@@ -38,10 +38,14 @@ def _count_made_up_tokens(_: list[Any]) -> None:
     PipelineStage._compute_outputs = PipelineStage._compute_outputs.__wrapped__  # type: ignore[method-assign]
 
 
+def _push(moe: Any, _: Any) -> None:
+    moe.expert_bias_E += 1.0
+
+
 def _push_the_bias_of_rank_0(moes: list[Any]) -> None:
     """All by as much, so that its routes stay."""
     if dist.get_rank() == 0:
-        moes[0].expert_bias_E += 1.0
+        moes[0].register_forward_pre_hook(_push)
 
 
 @pytest.fixture
@@ -54,6 +58,7 @@ def _own_workers() -> Iterator[None]:
 class TestPlanted:
     """The judge is not blind."""
 
+    @pytest.mark.slow  # test_numerics plants it too
     def test_a_flat_offset_is_red(self, matrix: Matrix) -> None:
         held = matrix.run(Cell(tp=2, ep=2, seq_len=127), _flat_offset)
         assert any(problem.startswith("gradients ") for problem in held.problems)
