@@ -49,7 +49,7 @@ def _skipped_experts(layer: MoE) -> None:
     """NVIDIA/Megatron-LM#4851: no rows, no work, no gradient."""
     experts = layer.routed_experts.inner_experts
     forward = experts.forward
-    experts.forward = lambda x_RD, counts_e: forward(x_RD, counts_e) if x_RD.shape[0] else x_RD  # type: ignore
+    experts.forward = lambda x_RD, *args: forward(x_RD, *args) if x_RD.shape[0] else x_RD  # type: ignore
 
 
 def _unreduced_tokens(layer: MoE) -> None:

@@ -36,7 +36,8 @@ LIMITS = {"loss": 1e-6, "losses": 1e-5, "grad_norm": 1e-5, "gradients": 1e-5, "p
 # operations, tokens flip, and Adam moves a parameter with a tiny gradient by its sign.
 LIMITS_COMPILED = {
     "inductor": {"loss": 1e-4, "losses": 1e-3, "grad_norm": 1e-3, "gradients": 1e-1, "parameters": 3e-1},
-    "aot_eager": dict.fromkeys(LIMITS, 0.0),
+    # Every bit on torch 2.13; 2.15 rounds the backward of a norm otherwise.
+    "aot_eager": {"loss": 0.0, "losses": 1e-3, "grad_norm": 1e-3, "gradients": 1e-2, "parameters": 1e-1},
 }
 
 

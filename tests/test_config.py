@@ -277,6 +277,7 @@ def test_backend_tables(
     assert layer.routed_experts.token_dispatcher == _FakeDispatcher.Config(num_experts=8, top_k=3, num_sms=8)
     assert chosen.resolved["moe"] == {
         "dispatcher": "fake",
+        "save": "all",
         "load_balance_coeff": 1e-3,
         "fake": {"num_sms": 8},
     }

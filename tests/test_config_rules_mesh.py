@@ -53,6 +53,13 @@ CASES: dict[str, list[Case]] = {
             says="needs 'partial_dtensor'",
         ),
     ],
+    "sequence_reaches_tp_ranks": [
+        Case(
+            passes=f"--training.seq_len 4 {_P}tensor_parallel_degree 4",
+            fails=f"--training.seq_len 3 {_P}tensor_parallel_degree 4",
+            says=r"seq_len \(3\) is shorter than parallelism.tensor_parallel_degree \(4\).* use at least 4",
+        ),
+    ],
     "batch_divides": [
         Case(
             passes="--training.global_batch_size 64",

@@ -460,7 +460,7 @@ def receipt_fields(
             changed.append(field.name)
         except dataclasses.FrozenInstanceError:
             pass
-    layout = vars(here.layout)
+    layout = {name: value for name, value in vars(here.layout).items() if name != "source"}  # dispatch's own
     return changed, [n for n, value in layout.items() if getattr(receipt, n) != value]
 
 

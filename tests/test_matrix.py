@@ -11,6 +11,7 @@ from torch.distributed.pipelining import PipelineStage
 from tests.faults import FAULTS
 from tests.matrix import CELLS, MARKS, REFUSED, ROOT, Cell, Matrix, main, refusal, table_line
 from tests.ranks import close_pools
+from titan_moe.device import norms_keep_short_shards, stages_leave_buffers
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,8 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     [pytest.param(c, id=c.name, marks=[] if c.in_ci else [pytest.mark.slow]) for c in CELLS],
 )
 def test_cell(matrix: Matrix, cell: Cell) -> None:
+    if cell.seq_len < cell.tp and not norms_keep_short_shards():
+        pytest.skip("refused on this torch: config/rules/mesh.py, sequence_reaches_tp_ranks")
     held = matrix.run(cell)
     assert not held.problems, held
 
@@ -67,6 +70,7 @@ class TestPlanted:
         held = matrix.run(Cell(tp=2, ep=2, seq_len=127), _push_the_bias_of_rank_0)
         assert held.problems == ("first_bias of layers.1.moe", "expert_bias of layers.1.moe")
 
+    @pytest.mark.skipif(stages_leave_buffers(), reason="this torch needs no care")
     @pytest.mark.usefixtures("_own_workers")
     def test_tokens_that_a_pipeline_makes_up_are_red(self, matrix: Matrix) -> None:
         held = matrix.run(Cell(ranks=2, pp=2, seq_len=127), _count_made_up_tokens)

@@ -64,20 +64,12 @@ def _param(mesh: Mesh, shape: tuple[int, int], dispatcher: str) -> Any:
     return pytest.param(mesh, shape, dispatcher, id=f"{dispatcher}-{mesh}-B{shape[0]}-L{shape[1]}")
 
 
-def _taking_turns(mesh: Mesh, number: int) -> list[str]:
-    """The first dispatcher that serves the mesh meets every shape; the others share them."""
-    first, *others = _dispatchers(mesh)
-    return [first, *others[number % (len(others) + 1) :][:1]]
-
-
-# The regimes take turns as well, so that each meets every mesh and every length.
 SHAPES = list(itertools.product(BATCHES, LENGTHS))
 FULL = [_param(m, shape, name) for m in MESHES for shape in SHAPES for name in _dispatchers(m)]
+# Every mesh meets every length; batch sizes, dispatchers and regimes take turns.
 WIDE = [
-    _param(mesh, shape, name)
-    for mesh in MESHES
-    for number, shape in enumerate(SHAPES)
-    for name in _taking_turns(mesh, number)
+    _param(mesh, (BATCHES[number % 3], length), _dispatchers(mesh)[number % len(_dispatchers(mesh))])
+    for number, (mesh, length) in enumerate(itertools.product(MESHES, LENGTHS))
 ]
 
 

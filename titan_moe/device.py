@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch.distributed import distributed_c10d
 from torch.distributed.pipelining import PipelineStage, schedules
 
@@ -32,10 +33,23 @@ def fill_gaps() -> None:
         if "arg_mbs" not in inspect.signature(schedule.step).parameters:
             setattr(schedule, "step", _step_by_microbatch)  # noqa: B010
     learn_shapes = getattr(PipelineStage, "_compute_outputs", None)  # None: config/rules/mesh.py refuses PP
-    if learn_shapes is not None and not hasattr(learn_shapes, "__wrapped__"):
+    if learn_shapes is not None and not stages_leave_buffers() and not hasattr(learn_shapes, "__wrapped__"):
         setattr(PipelineStage, "_compute_outputs", _leaving_buffers(learn_shapes))  # noqa: B010
     if not torch.accelerator.is_available():
         _become_cpu()
+
+
+def norms_keep_short_shards() -> bool:
+    """Whether a norm leaves a sequence shorter than its TP ranks sharded, as torchtitan's RMSNorm demands.
+
+    From torch 2.14 DTensor replicates it. Nothing to look at but the number.
+    """
+    return Version(torch.__version__) < Version("2.14.dev")
+
+
+def stages_leave_buffers() -> bool:
+    """Whether torch itself puts a pipeline stage's buffers back after it learned its shapes: from 2.14."""
+    return "_metadata_inference_buffer_backup" in PipelineStage.__init__.__code__.co_names
 
 
 def _leaving_buffers(compute_outputs: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,8 @@ from torchtitan.models.common import moe as upstream
 from torchtitan.protocols.module import Module
 
 from titan_moe.border import SHARDED_TOKENS, TokenBorder
-from titan_moe.dispatch.base import DispatchMetadata, Routing, Traffic
+from titan_moe.dispatch.base import DispatchMetadata, Routing, Source, Traffic
+from titan_moe.experts import Save, grouped_mm, swiglu_experts
 from titan_moe.load_balance import count_tokens, count_traffic
 
 
@@ -39,36 +40,49 @@ class GroupedExperts(upstream.GroupedExperts):
 
     @dataclass(kw_only=True, slots=True)
     class Config(upstream.GroupedExperts.Config):
-        """torchtitan 0.3.0's fields: dim (D), hidden_dim (F), num_experts (E)."""
+        """torchtitan 0.3.0's fields: dim (D), hidden_dim (F), num_experts (E); and ``[moe] save``."""
 
-    def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_e: torch.Tensor) -> torch.Tensor:
+        save: Save = "all"  # what backward finds; see titan_moe/experts.py
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.save: Save = config.save
+
+    def forward(  # pyrefly: ignore[bad-override]  (one parameter more)
+        self, x_RD: torch.Tensor, num_tokens_per_expert_e: torch.Tensor, source: Source | None = None
+    ) -> torch.Tensor:
         """``(R, D)`` in the order of the rows given.
 
         Args:
             x_RD: expert-major rows without padding, in the dtype of the weights.
             num_tokens_per_expert_e: int64 rows per local expert, sums to R.
+            source: what x_RD was gathered from, if that is to be kept for backward instead.
         """
         offsets_e = num_tokens_per_expert_e.cumsum(0, dtype=torch.int32)
-        gate_RF = self._grouped_mm(A=x_RD, B_t=_local(self.w1_EFD).transpose(-2, -1), offs=offsets_e)
-        up_RF = self._grouped_mm(A=x_RD, B_t=_local(self.w3_EFD).transpose(-2, -1), offs=offsets_e)
-        h_RF = F.silu(gate_RF) * up_RF
-        return self._grouped_mm(A=h_RF, B_t=_local(self.w2_EDF).transpose(-2, -1), offs=offsets_e)
+        weights = (_local(self.w1_EFD), _local(self.w2_EDF), _local(self.w3_EFD))
+        if self._has_own_matmul:
+            return self._piece_by_piece(x_RD, offsets_e, *weights)
+        return swiglu_experts(x_RD, offsets_e, *weights, source=source, save=self.save)
+
+    @property
+    def _has_own_matmul(self) -> bool:
+        return type(self)._grouped_mm is not GroupedExperts._grouped_mm
+
+    def _piece_by_piece(
+        self,
+        x_RD: torch.Tensor,
+        offsets_e: torch.Tensor,
+        w1_eFD: torch.Tensor,
+        w2_eDF: torch.Tensor,
+        w3_eFD: torch.Tensor,
+    ) -> torch.Tensor:
+        gate_RF = self._grouped_mm(A=x_RD, B_t=w1_eFD.transpose(-2, -1), offs=offsets_e)
+        up_RF = self._grouped_mm(A=x_RD, B_t=w3_eFD.transpose(-2, -1), offs=offsets_e)
+        return self._grouped_mm(A=F.silu(gate_RF) * up_RF, B_t=w2_eDF.transpose(-2, -1), offs=offsets_e)
 
     def _grouped_mm(self, *, A: torch.Tensor, B_t: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-        """``A[rows of e] @ B_t[e]`` for each expert e; torchtitan's seam for low-precision variants."""
-        if A.dtype == torch.float64:
-            return _float64_grouped_mm(A, B_t, offs)
-        return torch._grouped_mm(A, B_t, offs=offs)
-
-
-def _float64_grouped_mm(x_RD: torch.Tensor, w_eDF: torch.Tensor, offsets_e: torch.Tensor) -> torch.Tensor:
-    """The grouped matmul that torch lacks in fp64: e times the work, no host sync; for proofs."""
-    rows_R = torch.arange(x_RD.shape[0], device=x_RD.device)
-    expert_R1 = torch.bucketize(rows_R, offsets_e, right=True).unsqueeze(1)
-    y_RF = x_RD.new_zeros(x_RD.shape[0], w_eDF.shape[-1])
-    for expert, w_DF in enumerate(w_eDF.unbind()):
-        y_RF = torch.where(expert_R1 == expert, x_RD @ w_DF, y_RF)
-    return y_RF
+        """``A[rows of e] @ B_t[e]`` per expert e; torchtitan's seam: an override brings its own backward."""
+        return grouped_mm(A, B_t, offs)
 
 
 def _local(weight: torch.Tensor) -> torch.Tensor:
@@ -98,7 +112,9 @@ class RoutedExperts(Module):
     def forward(self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata) -> InFlight:
         """Up to where the results are on their way back."""
         x_RD, num_tokens_per_expert_e, receipt = self.token_dispatcher.dispatch(x_TD, routing, layout)
-        y_RD = self.inner_experts(x_RD, num_tokens_per_expert_e).to(x_RD.dtype)  # GPT-OSS's answer in bf16
+        source = (receipt.source,) if isinstance(self.inner_experts, GroupedExperts) else ()
+        y_RD = self.inner_experts(x_RD, num_tokens_per_expert_e, *source)
+        y_RD = y_RD.to(x_RD.dtype)  # GPT-OSS's answer in bf16
         return InFlight(self.token_dispatcher.start_combine(y_RD, receipt), receipt)
 
     def finish(self, in_flight: InFlight) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
 from titan_moe.dispatch.base import DispatchMetadata, Routing
+from titan_moe.kernels import ops as kernels
 
 
 class Choice(NamedTuple):
@@ -115,10 +116,14 @@ class TokenChoiceTopKRouter(Module):
 
     def _scores(self, x_TD: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        weight_ED = _local_gate(self.gate.weight).to(dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(
-                x_TD.to(dtype), _local_gate(self.gate.weight).to(dtype), self._gate_bias(dtype)
-            )
+            if x_TD.dtype == dtype:
+                logits_TE = F.linear(x_TD, weight_ED, self._gate_bias(dtype))
+            else:
+                logits_TE = _WideningLinear.apply(x_TD, weight_ED)
+                if self.gate.bias is not None:
+                    logits_TE = logits_TE + self._gate_bias(dtype)
             return logits_TE.sigmoid() if self.config.score_func == "sigmoid" else logits_TE.softmax(-1)
 
     def _gate_bias(self, dtype: torch.dtype) -> torch.Tensor | None:
@@ -148,6 +153,19 @@ class TokenChoiceTopKRouter(Module):
             ones_TK = ones_TK * counts_T.unsqueeze(1)
         totals_E = ids_TK.new_zeros(self.config.num_experts)
         return totals_E.scatter_add_(0, ids_TK.flatten(), ones_TK.flatten())
+
+
+class _WideningLinear(torch.autograd.Function):
+    """``x.to(fp32) @ w.T`` that keeps the narrow x for backward, and no fp32 copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return kernels.gate(x_TD, weight_ED)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernels.gate_backward(grads[0].contiguous(), *ctx.saved_tensors)
 
 
 def _biased(scores_TE: torch.Tensor, expert_bias_E: torch.Tensor | None) -> torch.Tensor:

@@ -105,6 +105,7 @@ class _Builder:
                 model.flavor,
                 dispatcher=moe.dispatcher,
                 dispatcher_options=options,
+                save=moe.save,
                 norm_eps=model.norm_eps,
                 stock=model.moe == "torchtitan",
             )

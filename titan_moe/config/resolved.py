@@ -29,7 +29,7 @@ def resolve(plan: Plan) -> dict[str, Any]:
 
 
 def _moe(plan: Plan) -> dict[str, Any]:
-    table = {"dispatcher": plan.moe.dispatcher}
+    table = {"dispatcher": plan.moe.dispatcher, "save": plan.moe.save}
     for _, layer in moe_layers(plan.spec):
         table["load_balance_coeff"] = _value("", layer.load_balance_coeff)
         backend = _value("", layer.routed_experts.token_dispatcher)

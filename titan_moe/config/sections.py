@@ -21,6 +21,7 @@ from torchtitan.trainer import Trainer
 
 from titan_moe.checkpoint import CheckpointManager
 from titan_moe.data import TOKENIZER_DIR, TextDataLoader
+from titan_moe.experts import Save
 from titan_moe.numerics.section import Numerics
 from titan_moe.replay.section import RoutingReplay
 
@@ -183,6 +184,7 @@ class MoESection:
     """``[moe]``: what is ours in every MoE layer; a table per backend holds that backend's own keys."""
 
     dispatcher: str = "all_to_all"
+    save: Save = "all"  # what the experts keep for backward; inputs: less, for two of nine matmuls again
     load_balance_coeff: float | Literal["none"] | None = None  # None: the flavor's own
 
 

@@ -9,6 +9,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.config import Configurable
 
 
+class Source(NamedTuple):
+    """What rows were gathered from: row r is ``rows_TD[index_R[r]]``. Kept for backward in their place."""
+
+    rows_TD: torch.Tensor
+    index_R: torch.Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class DispatchMetadata:
     """Where this rank's tokens sit in the (B, L) grid; the receipt that ``combine`` consumes.
@@ -30,6 +37,7 @@ class DispatchMetadata:
     num_local_tokens_after_padding: int  # B * the above: what fixed-size buffers are sized by
     sp_rank: int
     sp_size: int
+    source: Source | None = None  # of the rows that dispatch made; None where it kept nothing smaller
 
     def __post_init__(self) -> None:
         if any(isinstance(value, torch.SymInt) for value in (self.sp_rank, self.local_seq_len)):
@@ -83,7 +91,7 @@ class DispatchMetadata:
     @classmethod
     def extend(cls, layout: "DispatchMetadata", **receipt: Any) -> Self:
         """``layout`` plus what a backend's ``combine`` needs, as that backend's own class."""
-        return cls(**vars(layout), **receipt)
+        return cls(**{**vars(layout), **receipt})
 
     @property
     def num_local_tokens(self) -> int:

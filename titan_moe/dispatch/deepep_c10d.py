@@ -57,7 +57,8 @@ class PerRank:
         plan, counts_e = make_plan(routing, self.ep_mesh, self.num_experts)
         x_UD = exchange_rows(gather_rows(x_TD, plan.copies), plan.copy_splits, self.ep_mesh)
         scores_UK = _send_scores(routing.topk_scores_TK, plan, self.ep_mesh)
-        metadata = PlanMetadata.extend(layout, plan=plan, scores=scores_UK)
+        source = plan.experts.source(x_UD)
+        metadata = PlanMetadata.extend(layout, plan=plan, scores=scores_UK, source=source)
         return Dispatched(gather_rows(x_UD, plan.experts), counts_e, metadata)
 
     def start_combine(self, y_RD: torch.Tensor, metadata: PlanMetadata) -> torch.Tensor:

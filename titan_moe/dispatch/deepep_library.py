@@ -142,7 +142,9 @@ class Library:
         scores_UK = torch.where(here_UK, scores_UK, 0)  # the library does not say what the others are
         ends_e = handle.psum_num_recv_tokens_per_expert.to(torch.int64)
         counts_e = ends_e.diff(prepend=ends_e.new_zeros(1))
-        metadata = LibraryMetadata.extend(layout, handle=handle, experts=experts, scores_UK=scores_UK)
+        metadata = LibraryMetadata.extend(
+            layout, handle=handle, experts=experts, scores_UK=scores_UK, source=experts.source(x_UD)
+        )
         return Dispatched(gather_rows(x_UD, experts), counts_e, metadata)
 
     def start_combine(self, y_RD: torch.Tensor, metadata: LibraryMetadata) -> InFlight:

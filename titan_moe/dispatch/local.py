@@ -57,7 +57,9 @@ class LocalDispatcher(TokenDispatcher[LocalMetadata]):
     ) -> Dispatched[LocalMetadata]:
         """See the contract in ``base``. No communication."""
         slots = slots_by_key(routing.topk_expert_ids_TK, routing.present_TK)
-        metadata = LocalMetadata.extend(layout, topk_scores_TK=routing.topk_scores_TK, slots=slots)
+        metadata = LocalMetadata.extend(
+            layout, topk_scores_TK=routing.topk_scores_TK, slots=slots, source=slots.source(x_TD)
+        )
         return Dispatched(gather_rows(x_TD, slots), routing.num_tokens_per_expert_E, metadata)
 
     def start_combine(self, y_RD: torch.Tensor, metadata: LocalMetadata) -> torch.Tensor:

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from titan_moe.dispatch.base import Source
+from titan_moe.kernels import ops as kernels
+
 
 class Slots(NamedTuple):
     """N rows drawn from a (T, K) grid of slots, K per token; slot (t, k) has the number ``t * K + k``.
@@ -35,13 +38,9 @@ class Slots(NamedTuple):
         present_N1 = None if present_TK is None else present_TK.view(-1, 1)
         return Slots(self.order_N, self.place_TK.view(-1, 1), present_N1)
 
-    def of_slot(self, rows_ND: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
-        """``(T, D)``: the row of each token's slot k in ``dtype``, 0 where it has none."""
-        row_TD = rows_ND.index_select(0, self.place_TK[:, k]).to(dtype)
-        if self.present_TK is None:
-            return row_TD
-        # where, not a product: a row that is not there may hold NaN.
-        return torch.where(self.present_TK[:, k].unsqueeze(1), row_TD, 0)
+    def source(self, rows_TD: torch.Tensor) -> Source:
+        """Of the rows that ``gather_rows`` makes."""
+        return Source(rows_TD, self.token_N)
 
 
 def slots_by_key(
@@ -100,19 +99,6 @@ def _invert(order_N: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order_N).scatter_(0, order_N, places_N)
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _sum_over_slots(rows_ND: torch.Tensor, slots: Slots) -> torch.Tensor:
-    top_k = slots.place_TK.shape[1]
-    acc = _accumulation_dtype(rows_ND.dtype) if top_k > 1 else rows_ND.dtype
-    sum_TD = slots.of_slot(rows_ND, 0, acc)
-    for k in range(1, top_k):
-        sum_TD = sum_TD + slots.of_slot(rows_ND, k, acc)
-    return sum_TD.to(rows_ND.dtype)
-
-
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, *slots: torch.Tensor) -> torch.Tensor:
@@ -122,14 +108,16 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_ND,) = grads
-        return _sum_over_slots(grad_ND, Slots(*ctx.saved_tensors)), None, None, None
+        _, place_TK, present_TK = ctx.saved_tensors
+        return kernels.sum_rows(grad_ND, place_TK, present_TK), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_ND: torch.Tensor, *slots: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*slots)
-        return _sum_over_slots(y_ND, Slots(*slots))
+        _, place_TK, present_TK = slots
+        return kernels.sum_rows(y_ND, place_TK, present_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -139,26 +127,17 @@ class _SumRows(torch.autograd.Function):
 
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y_ND: torch.Tensor, scores_TK: torch.Tensor, *slot_tensors: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(y_ND, scores_TK, *slot_tensors)
-        slots, acc = Slots(*slot_tensors), _accumulation_dtype(y_ND.dtype)
-        sum_TD = y_ND.new_zeros((scores_TK.shape[0], y_ND.shape[1]), dtype=acc)
-        for k, score_T in enumerate(scores_TK.to(acc).unbind(1)):
-            sum_TD = sum_TD + slots.of_slot(y_ND, k, acc) * score_T.unsqueeze(1)
-        return sum_TD.to(y_ND.dtype)
+    def forward(ctx: Any, y_ND: torch.Tensor, scores_TK: torch.Tensor, *slots: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y_ND, scores_TK, *slots)
+        _, place_TK, present_TK = slots
+        return kernels.weighted_sum(y_ND, scores_TK, place_TK, present_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_TD,) = grads
-        y_ND, scores_TK, *slot_tensors = ctx.saved_tensors
-        slots, acc = Slots(*slot_tensors), _accumulation_dtype(y_ND.dtype)
-        grad_acc_ND = grad_TD.index_select(0, slots.token_N).to(acc)
-        scores_N1 = scores_TK.flatten().index_select(0, slots.order_N).to(acc).unsqueeze(1)
-        grad_y_ND = (grad_acc_ND * scores_N1).to(y_ND.dtype)
-        grad_score_N = (grad_acc_ND * y_ND.to(acc)).sum(-1)
-        grad_scores_TK = grad_score_N.index_select(0, slots.place_TK.flatten()).view_as(scores_TK)
-        if slots.present_TK is not None:
-            grad_scores_TK = torch.where(slots.present_TK, grad_scores_TK, 0)
+        y_ND, scores_TK, order_N, place_TK, present_TK = ctx.saved_tensors
+        grad_y_ND, grad_score_N = kernels.weighted_sum_backward(grad_TD, y_ND, scores_TK, order_N)
+        grad_scores_TK = grad_score_N.index_select(0, place_TK.flatten()).view_as(scores_TK)
+        if present_TK is not None:
+            grad_scores_TK = torch.where(present_TK, grad_scores_TK, 0)
         return grad_y_ND, grad_scores_TK.to(scores_TK.dtype), None, None, None

@@ -7,6 +7,7 @@ from typing import Any
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.protocols.model_spec import ModelSpec
 
+from titan_moe.experts import Save
 from titan_moe.models.hugging_face.adapter import for_hugging_face
 from titan_moe.models.stock import keep_spec
 from titan_moe.models.swap import swap_spec
@@ -29,6 +30,7 @@ def build_spec(
     *,
     dispatcher: str = "local",
     dispatcher_options: dict[str, Any] | None = None,
+    save: Save = "all",
     norm_eps: float | None = None,
     stock: bool = False,
 ) -> ModelSpec:
@@ -37,6 +39,7 @@ def build_spec(
     Args:
         dispatcher: a name in ``titan_moe.dispatch.DISPATCHERS``.
         dispatcher_options: fields of that backend's Config beyond num_experts and top_k.
+        save: what the experts keep for backward; see ``titan_moe.experts``.
         norm_eps: of every RMSNorm; None: torchtitan's own, which for DeepSeek is not Hugging Face's.
         stock: torchtitan's own MoE layer stays, and its dispatcher; for comparisons.
 
@@ -53,7 +56,7 @@ def build_spec(
         set_norm_eps(spec, norm_eps)
     if stock:
         return keep_spec(spec)
-    return swap_spec(spec, dispatcher=dispatcher, dispatcher_options=dispatcher_options or {})
+    return swap_spec(spec, dispatcher=dispatcher, dispatcher_options=dispatcher_options or {}, save=save)
 
 
 def set_norm_eps(spec: ModelSpec, eps: float) -> None:

@@ -8,6 +8,7 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 
 from titan_moe import dispatch
+from titan_moe.experts import Save
 from titan_moe.load_balance import attach_load_balancer
 from titan_moe.models.attention import swap_attention
 from titan_moe.moe import GroupedExperts, MoE, RoutedExperts
@@ -15,15 +16,21 @@ from titan_moe.parallelize import parallelize
 from titan_moe.router import TokenChoiceTopKRouter
 
 
-def swap_spec(spec: ModelSpec, *, dispatcher: str, dispatcher_options: dict[str, Any]) -> ModelSpec:
+def swap_spec(
+    spec: ModelSpec, *, dispatcher: str, dispatcher_options: dict[str, Any], save: Save = "all"
+) -> ModelSpec:
     """``spec`` with our layers, parallelize and load balancer; ``spec.model`` is changed in place."""
-    swap_moe(spec.model, dispatcher=dispatcher, dispatcher_options=dispatcher_options)
+    swap_moe(spec.model, dispatcher=dispatcher, dispatcher_options=dispatcher_options, save=save)
     swap_attention(spec.model)
     return dataclasses.replace(spec, parallelize_fn=parallelize, post_optimizer_build_fn=attach_load_balancer)
 
 
 def swap_moe(
-    model: BaseModel.Config, *, dispatcher: str, dispatcher_options: dict[str, Any] | None = None
+    model: BaseModel.Config,
+    *,
+    dispatcher: str,
+    dispatcher_options: dict[str, Any] | None = None,
+    save: Save = "all",
 ) -> int:
     """Replaces every MoE layer in ``model``, in place, MTP blocks included. Names of parameters stay.
 
@@ -34,17 +41,22 @@ def swap_moe(
 
     Raises:
         ValueError: a MoE layer, router or routed experts with a forward of its own, which a swap would
-            silently drop; or an unknown ``dispatcher``. The model is unchanged then.
+            silently drop; an unknown ``dispatcher``; or ``save`` for experts of another kind. The model is
+            unchanged then.
     """
     found: list[Any] = list(model.traverse(upstream.MoE.Config))
     options = dispatcher_options or {}
-    swapped = [swap_layer(fqn, config, dispatcher=dispatcher, **options) for fqn, config, _, _ in found]
+    swapped = [
+        swap_layer(fqn, config, dispatcher=dispatcher, save=save, **options) for fqn, config, _, _ in found
+    ]
     for layer, (_, _, parent, attr) in zip(swapped, found, strict=True):
         setattr(parent, attr, layer)
     return len(found)
 
 
-def swap_layer(name: str, config: upstream.MoE.Config, *, dispatcher: str, **options: Any) -> MoE.Config:
+def swap_layer(
+    name: str, config: upstream.MoE.Config, *, dispatcher: str, save: Save = "all", **options: Any
+) -> MoE.Config:
     """``config`` as ours; see ``swap_moe``. ``options`` are the dispatcher's."""
     dispatcher_config = dispatch.load(dispatcher).Config
     _refuse_own_forward(name, config)
@@ -57,7 +69,7 @@ def swap_layer(name: str, config: upstream.MoE.Config, *, dispatcher: str, **opt
         routed_experts=_derive(
             RoutedExperts.Config,
             routed,
-            inner_experts=_swap_experts(routed.inner_experts),
+            inner_experts=_swap_experts(name, routed.inner_experts, save),
             token_dispatcher=token_dispatcher,
         ),
     )
@@ -78,10 +90,16 @@ def _refuse_own_forward(fqn: str, config: Any) -> None:
             )
 
 
-def _swap_experts(config: upstream.GroupedExperts.Config) -> upstream.GroupedExperts.Config:
-    return (
-        _derive(GroupedExperts.Config, config) if type(config) is upstream.GroupedExperts.Config else config
-    )
+def _swap_experts(
+    fqn: str, config: upstream.GroupedExperts.Config, save: Save
+) -> upstream.GroupedExperts.Config:
+    if type(config) is upstream.GroupedExperts.Config:
+        return _derive(GroupedExperts.Config, config, save=save)
+    if save != "all":
+        raise ValueError(
+            f"moe.save {save!r}: {fqn} has experts of its own kind ({type(config).__qualname__}); use 'all'"
+        )
+    return config
 
 
 def _derive(config_class: type, config: Any, **changes: Any) -> Any:

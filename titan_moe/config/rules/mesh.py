@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.models.common.attention import FlexAttention
 
+from titan_moe import device
 from titan_moe.config.rules.facts import Broken, Facts, divisors
 
 _DEGREES = {
@@ -86,6 +87,18 @@ def spmd_backend_is_ours(facts: Facts) -> None:
         raise Broken(
             f"{facts.show('parallelism.spmd_backend')}: the MoE layer owns the border between DTensor and "
             "local tokens and needs 'partial_dtensor'; remove the key"
+        )
+
+
+def sequence_reaches_tp_ranks(facts: Facts) -> None:
+    """Where DTensor cannot leave a norm's input sharded, torchtitan's RMSNorm raises in the first step."""
+    if not facts.parallelism.enable_sequence_parallel or device.norms_keep_short_shards():
+        return
+    if facts.training.seq_len < facts.tp:
+        raise Broken(
+            f"{facts.show('training.seq_len')} is shorter than "
+            f"{facts.show('parallelism.tensor_parallel_degree')}, and this torch ({torch.__version__}) "
+            f"replicates such a sequence in a norm; use at least {facts.tp}, or torch 2.13"
         )
 
 
@@ -292,6 +305,7 @@ RULES = (
     degrees_fill_the_world,
     expert_parallel_fits_the_mesh,
     spmd_backend_is_ours,
+    sequence_reaches_tp_ranks,
     batch_divides,
     heads_divide_over_tp,
     sequence_fits_rope,
