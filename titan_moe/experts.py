@@ -27,9 +27,20 @@ def swiglu_experts(
     Args:
         offsets_e: int32: the row behind each expert's last.
         source: what x_RD was gathered from: kept in its place and gathered again in backward.
-        save: what else is kept. all: what the grouped matmuls made. inputs: nothing; two of them run again.
+        save: what else is kept. all: what the matmuls and the activation made. inputs: nothing; two of the
+            nine matmuls run again.
     """
-    return _SwiGLUExperts.apply(x_RD, offsets_e, w1_eFD, w2_eDF, w3_eFD, save, *(source or (None, None)))
+    weights = (w1_eFD, w2_eDF, w3_eFD)
+    if save == "inputs":
+        return _FromInputs.apply(x_RD, offsets_e, *weights, *(source or (None, None)))
+    # One node each, because autograd frees what a node saved as soon as the node is done.
+    gate_RF, up_RF = _GateAndUp.apply(x_RD, offsets_e, w1_eFD, w3_eFD, *(source or (None, None)))
+    return grouped_mm(swiglu(gate_RF, up_RF), w2_eDF.transpose(-2, -1), offsets_e)
+
+
+def swiglu(gate_RF: torch.Tensor, up_RF: torch.Tensor) -> torch.Tensor:
+    """``(R, F)``: ``silu(gate) * up`` in fp32 (fp64 for fp64), rounded once; so is each gradient."""
+    return _SwiGLU.apply(gate_RF, up_RF)
 
 
 def grouped_mm(x_RD: torch.Tensor, w_eDF: torch.Tensor, offsets_e: torch.Tensor) -> torch.Tensor:
@@ -59,7 +70,50 @@ def _rows_by_expert(rows_RD: torch.Tensor, offsets_e: torch.Tensor) -> list[torc
     return [expert_R1 == expert for expert in range(offsets_e.shape[0])]
 
 
-class _SwiGLUExperts(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_RF: torch.Tensor, up_RF: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_RF, up_RF)
+        return kernels.swiglu(gate_RF, up_RF)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return kernels.swiglu_backward(*grads, *ctx.saved_tensors)
+
+
+class _GateAndUp(torch.autograd.Function):
+    boxed_grads_call = True  # backward may let go of its arguments
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: torch.Tensor,
+        offsets_e: torch.Tensor,
+        w1_eFD: torch.Tensor,
+        w3_eFD: torch.Tensor,
+        *source: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(offsets_e, w1_eFD, w3_eFD, *_kept(x_RD, source))
+        return _gate_and_up(x_RD, w1_eFD, w3_eFD, offsets_e)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        grads_RF = _unboxed(grads)
+        offsets_e, w1_eFD, w3_eFD, *kept = ctx.saved_tensors
+        wants_x, _, wants_w1, wants_w3, *_ = ctx.needs_input_grad
+        x_RD = _again(*kept)
+        grad_w1, grad_w3 = (
+            _outer_products(grad_RF, x_RD, offsets_e) if wanted else None
+            for grad_RF, wanted in zip(grads_RF, (wants_w1, wants_w3), strict=True)
+        )
+        del x_RD
+        grad_x_RD = _grad_of_rows(grads_RF, w1_eFD, w3_eFD, offsets_e) if wants_x else None
+        return grad_x_RD, None, grad_w1, grad_w3, None, None
+
+
+class _FromInputs(torch.autograd.Function):
+    boxed_grads_call = True
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -68,35 +122,45 @@ class _SwiGLUExperts(torch.autograd.Function):
         w1_eFD: torch.Tensor,
         w2_eDF: torch.Tensor,
         w3_eFD: torch.Tensor,
-        save: Save,
         *source: torch.Tensor | None,
     ) -> torch.Tensor:
-        gate_RF, up_RF = _gate_and_up(x_RD, w1_eFD, w3_eFD, offsets_e)
-        h_RF = kernels.swiglu(gate_RF, up_RF)
-        kept = (None, None, None) if save == "inputs" else (gate_RF, up_RF, h_RF)
-        rows = (x_RD, None) if source[0] is None else source
-        ctx.save_for_backward(offsets_e, w1_eFD, w2_eDF, w3_eFD, *rows, *kept)
+        ctx.save_for_backward(offsets_e, w1_eFD, w2_eDF, w3_eFD, *_kept(x_RD, source))
+        h_RF = kernels.swiglu(*_gate_and_up(x_RD, w1_eFD, w3_eFD, offsets_e))
         return grouped_mm(h_RF, w2_eDF.transpose(-2, -1), offsets_e)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_RD = grads[0].contiguous()
-        offsets_e, w1_eFD, w2_eDF, w3_eFD, rows_XD, index_R, gate_RF, up_RF, h_RF = ctx.saved_tensors
-        x_RD = rows_XD if index_R is None else rows_XD.index_select(0, index_R)
-        if gate_RF is None:
-            gate_RF, up_RF = _gate_and_up(x_RD, w1_eFD, w3_eFD, offsets_e)
-            h_RF = kernels.swiglu(gate_RF, up_RF)
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        grads_RD = _unboxed(grads)
+        offsets_e, w1_eFD, w2_eDF, w3_eFD, *kept = ctx.saved_tensors
         wants_x, _, wants_w1, wants_w2, wants_w3, *_ = ctx.needs_input_grad
-        grad_w2 = _outer_products(grad_RD, h_RF, offsets_e) if wants_w2 else None
+        x_RD = _again(*kept)
+        gate_RF, up_RF = _gate_and_up(x_RD, w1_eFD, w3_eFD, offsets_e)
+        grad_RD = grads_RD.pop().contiguous()
         grad_h_RF = grouped_mm(grad_RD, w2_eDF, offsets_e)
-        grad_gate_RF, grad_up_RF = kernels.swiglu_backward(grad_h_RF, gate_RF, up_RF)
-        grad_w1 = _outer_products(grad_gate_RF, x_RD, offsets_e) if wants_w1 else None
-        grad_w3 = _outer_products(grad_up_RF, x_RD, offsets_e) if wants_w3 else None
-        grad_x_RD = None
-        if wants_x:
-            grad_x_RD = grouped_mm(grad_gate_RF, w1_eFD, offsets_e)
-            grad_x_RD += grouped_mm(grad_up_RF, w3_eFD, offsets_e)
-        return grad_x_RD, None, grad_w1, grad_w2, grad_w3, None, None, None
+        grad_w2 = _outer_products(grad_RD, kernels.swiglu(gate_RF, up_RF), offsets_e) if wants_w2 else None
+        del grad_RD
+        grads_RF = list(kernels.swiglu_backward(grad_h_RF, gate_RF, up_RF))
+        del grad_h_RF, gate_RF, up_RF
+        grad_w1, grad_w3 = (
+            _outer_products(grad_RF, x_RD, offsets_e) if wanted else None
+            for grad_RF, wanted in zip(grads_RF, (wants_w1, wants_w3), strict=True)
+        )
+        del x_RD
+        grad_x_RD = _grad_of_rows(grads_RF, w1_eFD, w3_eFD, offsets_e) if wants_x else None
+        return grad_x_RD, None, grad_w1, grad_w2, grad_w3, None, None
+
+
+def _unboxed(grads: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The gradients as a list to take from; torch.compile hands them over without the box."""
+    return grads[0] if isinstance(grads[0], list) else list(grads)
+
+
+def _kept(x_RD: torch.Tensor, source: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    return (x_RD, None) if source[0] is None else source
+
+
+def _again(rows_XD: torch.Tensor, index_R: torch.Tensor | None) -> torch.Tensor:
+    return rows_XD if index_R is None else rows_XD.index_select(0, index_R)
 
 
 def _gate_and_up(
@@ -106,3 +170,17 @@ def _gate_and_up(
         grouped_mm(x_RD, w1_eFD.transpose(-2, -1), offsets_e),
         grouped_mm(x_RD, w3_eFD.transpose(-2, -1), offsets_e),
     )
+
+
+def _grad_of_rows(
+    grads_RF: list[torch.Tensor], w1_eFD: torch.Tensor, w3_eFD: torch.Tensor, offsets_e: torch.Tensor
+) -> torch.Tensor:
+    """``(R, D)``: gate's part plus up's, each rounded, and the sum. Empties the list on its way."""
+    grad_x_RD = grouped_mm(grads_RF.pop(0), w1_eFD, offsets_e)
+    grad_up_RF = grads_RF.pop()
+    # By halves of the columns: the second part never stands there whole.
+    half = -(-grad_x_RD.shape[1] // 32) * 16  # rows of a grouped matmul begin at multiples of 16 bytes
+    for columns in (slice(0, half), slice(half, None)):
+        if (part_RD := grad_x_RD[:, columns]).shape[1]:
+            part_RD += grouped_mm(grad_up_RF, w3_eFD[..., columns], offsets_e)
+    return grad_x_RD

@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torchtitan.models.common import moe as upstream
 from torchtitan.protocols.module import Module
 
 from titan_moe.border import SHARDED_TOKENS, TokenBorder
 from titan_moe.dispatch.base import DispatchMetadata, Routing, Source, Traffic
-from titan_moe.experts import Save, grouped_mm, swiglu_experts
+from titan_moe.experts import Save, grouped_mm, swiglu, swiglu_experts
 from titan_moe.load_balance import count_tokens, count_traffic
 
 
@@ -59,26 +58,12 @@ class GroupedExperts(upstream.GroupedExperts):
             source: what x_RD was gathered from, if that is to be kept for backward instead.
         """
         offsets_e = num_tokens_per_expert_e.cumsum(0, dtype=torch.int32)
-        weights = (_local(self.w1_EFD), _local(self.w2_EDF), _local(self.w3_EFD))
-        if self._has_own_matmul:
-            return self._piece_by_piece(x_RD, offsets_e, *weights)
-        return swiglu_experts(x_RD, offsets_e, *weights, source=source, save=self.save)
-
-    @property
-    def _has_own_matmul(self) -> bool:
-        return type(self)._grouped_mm is not GroupedExperts._grouped_mm
-
-    def _piece_by_piece(
-        self,
-        x_RD: torch.Tensor,
-        offsets_e: torch.Tensor,
-        w1_eFD: torch.Tensor,
-        w2_eDF: torch.Tensor,
-        w3_eFD: torch.Tensor,
-    ) -> torch.Tensor:
+        w1_eFD, w2_eDF, w3_eFD = (_local(weight) for weight in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
+        if type(self)._grouped_mm is GroupedExperts._grouped_mm:
+            return swiglu_experts(x_RD, offsets_e, w1_eFD, w2_eDF, w3_eFD, source, self.save)
         gate_RF = self._grouped_mm(A=x_RD, B_t=w1_eFD.transpose(-2, -1), offs=offsets_e)
         up_RF = self._grouped_mm(A=x_RD, B_t=w3_eFD.transpose(-2, -1), offs=offsets_e)
-        return self._grouped_mm(A=F.silu(gate_RF) * up_RF, B_t=w2_eDF.transpose(-2, -1), offs=offsets_e)
+        return self._grouped_mm(A=swiglu(gate_RF, up_RF), B_t=w2_eDF.transpose(-2, -1), offs=offsets_e)
 
     def _grouped_mm(self, *, A: torch.Tensor, B_t: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
         """``A[rows of e] @ B_t[e]`` per expert e; torchtitan's seam: an override brings its own backward."""

@@ -37,7 +37,7 @@ def weighted_sum(
     acc = accumulation_dtype(y_ND.dtype)
     sum_TD = y_ND.new_zeros((scores_TK.shape[0], y_ND.shape[1]), dtype=acc)
     for k, score_T in enumerate(scores_TK.to(acc).unbind(1)):
-        sum_TD = sum_TD + _of_slot(y_ND, place_TK, present_TK, k, acc) * score_T.unsqueeze(1)
+        sum_TD = sum_TD + _of_slot(y_ND, place_TK, present_TK, k, acc, score_T.unsqueeze(1))
     return sum_TD.to(y_ND.dtype)
 
 
@@ -90,9 +90,16 @@ def gate_backward(
 
 
 def _of_slot(
-    rows_ND: torch.Tensor, place_TK: torch.Tensor, present_TK: torch.Tensor | None, k: int, acc: torch.dtype
+    rows_ND: torch.Tensor,
+    place_TK: torch.Tensor,
+    present_TK: torch.Tensor | None,
+    k: int,
+    acc: torch.dtype,
+    score_T1: torch.Tensor | None = None,
 ) -> torch.Tensor:
     row_TD = rows_ND.index_select(0, place_TK[:, k]).to(acc)
+    if score_T1 is not None:
+        row_TD = row_TD * score_T1
     if present_TK is None:
         return row_TD
     # where, not a product: a row that is not there may hold NaN.

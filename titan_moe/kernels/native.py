@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,10 +43,15 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("TITAN_MOE_KERNELS", "auto") == "eager":
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
+        return _cached()
+    except (OSError, RuntimeError):  # no home, no place, or a damaged file in it
+        pass
+    try:
+        with tempfile.TemporaryDirectory(prefix="titan_moe-") as folder:
+            return ctypes.CDLL(str(_compile(Path(folder))))
     except (OSError, subprocess.SubprocessError) as error:
-        why = getattr(error, "stderr", None) or error
-        logger.warning(f"MoE's row kernels run as torch ops, which is slower: {str(why).strip()[-300:]}")
+        why = getattr(error, "stderr", None) or str(error)
+        logger.warning(f"MoE's row kernels run as torch ops, which is slower: {why.strip()[-300:]}")
         return None
 
 
@@ -155,39 +159,40 @@ def _call(name: str, tensors: Sequence[torch.Tensor | None], sizes: Sequence[int
     kernel(*pointers, *map(ctypes.c_int64, sizes), ctypes.c_int(torch.get_num_threads()))
 
 
-def _compiled() -> Path:
-    """The library's file, made if it is not there; two processes may make it at once, the last one stays."""
-    compiler = _compiler()
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *FLAGS, *compiler, _processor()]).encode())
-    for folder in _folders():
-        path = folder / f"kernels-{key.hexdigest()[:16]}.so"
-        if path.exists():
-            return path
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made, object_file = Path(scratch, "kernels.so"), Path(scratch, "kernels.o")
-                _run(*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(object_file))
-                # No -fopenmp here: GOMP_parallel is left open, and the loader finds the one torch brought.
-                _run(*compiler, "-shared", str(object_file), "-o", str(made))
-                os.replace(made, path)
-            return path
-        except PermissionError:
-            continue
-    raise OSError("no folder to write the compiled kernels to")
+def _cached() -> ctypes.CDLL:
+    """From the user's cache. Two processes may compile at once: each renames a whole file into place."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titan_moe"
+    what = "\n".join([SOURCE.read_text(), *FLAGS, _compiler(), _processor()])
+    path = folder / f"kernels-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            try:
+                os.replace(_compile(Path(scratch)), path)
+            except subprocess.SubprocessError as error:
+                raise RuntimeError("does not compile") from error
+    return ctypes.CDLL(str(path))
+
+
+def _compile(folder: Path) -> Path:
+    made, object_file = folder / "kernels.so", folder / "kernels.o"
+    _run(_compiler(), *FLAGS, "-c", str(SOURCE), "-o", str(object_file))
+    # No -fopenmp here: GOMP_parallel is left open, and the loader finds the one that torch brought.
+    _run(_compiler(), "-shared", str(object_file), "-o", str(made))
+    return made
 
 
 def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
 
 
-def _compiler() -> tuple[str, ...]:
+def _compiler() -> str:
     """$CC, else the first C compiler on the path."""
-    names = [os.environ.get("CC"), "cc", "gcc", "clang", (sysconfig.get_config_var("CC") or "").split(" ")[0]]
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    names = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
+    found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
-        raise OSError("there is no C compiler (cc, gcc, clang or $CC)")
-    return (found,)
+        raise OSError(f"there is no C compiler ({', '.join(names)})")
+    return found
 
 
 def _processor() -> str:
@@ -197,8 +202,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line for line in lines if line.startswith("flags")), platform.machine())
-
-
-def _folders() -> list[Path]:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return [Path(cache) / "titan_moe", Path(tempfile.gettempdir()) / f"titan_moe-{os.getuid()}"]

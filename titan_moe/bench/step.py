@@ -1,0 +1,124 @@
+"""A whole training step of a debug model: our layer, and torchtitan's in the same trainer, model and data."""
+
+import logging
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from titan_moe.bench.contestants import OURS, STOCK, DifferentLayers
+from titan_moe.bench.interleave import interleaved, ratio, spread
+from titan_moe.bench.ranks import on_ranks
+from titan_moe.bench.report import Found, Settings, Table
+from titan_moe.config import load
+from titan_moe.train import Trainer
+
+TITLE = "Step: a training step of the DeepSeek-V3 debug model"
+NOTE = (
+    "titan_moe's trainer on both sides, 1536 tokens per step, bf16, no activation checkpointing; one thread "
+    "per rank, the slowest one's time counts."
+)
+REPEATS, WARMUP = 9, 2
+CONFIGS = Path(__file__).parent.parent.parent / "train_configs"
+SIDES = {STOCK: ("--model.moe=torchtitan",), OURS: ()}
+MESHES: dict[str, tuple[int, str, tuple[str, ...]]] = {  # ranks, config, and what is not in it
+    "1 rank": (1, "debug_local.toml", ()),
+    "FSDP2": (2, "debug_local.toml", ("--training.local_batch_size=6",)),
+    "FSDP2 x EP2": (
+        2,
+        "debug_fsdp_ep.toml",
+        ("--training.local_batch_size=6", "--parallelism.expert_parallel_degree=2"),
+    ),
+    "FSDP2 x TP2": (4, "debug_fsdp_tp.toml", ()),
+    "FSDP2 x TP2 x EP2": (4, "debug_fsdp_tp_ep.toml", ()),
+}
+QUICK = ("1 rank",)
+TINY = ("--training.local_batch_size=2", "--training.seq_len=32")
+
+
+class Steps:
+    """A trainer that takes a step at a time; a contestant."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self.trainer = Trainer(Trainer.Config.of(load(argv, world_size=dist.get_world_size())))
+        self.batches = self.trainer.batch_generator(self.trainer.dataloader)
+        self.first_loss = math.nan
+        plain = self.trainer.forward_backward_step
+
+        def noted(**kwargs: Any) -> torch.Tensor:
+            loss = plain(**kwargs)
+            self.trainer.forward_backward_step = plain  # type: ignore[method-assign]
+            self.first_loss = loss.item()
+            return loss
+
+        self.trainer.forward_backward_step = noted  # type: ignore[method-assign]
+
+    def run(self) -> None:
+        """One optimizer step, its batch included."""
+        self.trainer.step += 1
+        self.trainer.train_step(self.batches)
+
+    def clear(self) -> None:
+        """A step clears its gradients itself."""
+
+
+def measure(settings: Settings) -> Found:
+    """Per mesh that there are ranks for: seconds and first losses of both sides."""
+    found: Found = {}
+    for mesh, (ranks, config, overrides) in MESHES.items():
+        if ranks > settings.ranks or (settings.quick and mesh not in QUICK):
+            continue
+        argv = [str(CONFIGS / config), *overrides, *(TINY if settings.quick else ())]
+        found[mesh] = on_ranks(steps_on_rank, ranks, argv, settings.repeats(REPEATS))
+    return found
+
+
+def steps_on_rank(argv: list[str], repeats: int) -> Found:
+    """On one rank of the default process group. Both trainers start from the same seed.
+
+    Raises:
+        DifferentLayers: their first losses are not the same loss.
+    """
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+    logging.disable(logging.WARNING)  # what torchtitan says about its settings, once per trainer and rank
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = ("--metrics.log_freq=1000000", "--debug.no-enable_structured_logging")
+        sides = {
+            name: Steps([*argv, f"--dump_folder={folder}/{name}", *quiet, *more])
+            for name, more in SIDES.items()
+        }
+        try:
+            seconds = interleaved(sides, repeats=repeats, warmup=WARMUP, over_ranks=True)
+        finally:
+            for side in sides.values():
+                side.trainer.close()
+    losses = {name: side.first_loss for name, side in sides.items()}
+    if not math.isclose(*losses.values(), rel_tol=0.01):
+        raise DifferentLayers(f"first losses of the same model on the same batch: {losses}")
+    return {"seconds": seconds, "first_loss": losses}
+
+
+def tables(found: Found, settings: Settings) -> Iterator[Table]:
+    """A line per mesh."""
+    lines = [["mesh", *(f"{name} ms" for name in SIDES), "stock / ours"]]
+    for mesh, sides in found.items():
+        times = (spread([1e3 * taken for taken in sides["seconds"][name]]).show(0) for name in SIDES)
+        lines.append([mesh, *times, _gain(sides).show()])
+    yield lines
+
+
+def figures(found: Found) -> dict[str, float]:
+    """The worst mesh."""
+    return {"step.worst": min(_gain(sides).median for sides in found.values())} if found else {}
+
+
+def _gain(sides: Found) -> Any:
+    return ratio(sides["seconds"][STOCK], sides["seconds"][OURS])
