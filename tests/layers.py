@@ -17,6 +17,7 @@ from tests.faults import FAULTS
 from tests.oracle import Case
 from tests.ranks import RankContext
 from titan_moe.dispatch.base import DispatchLimits
+from titan_moe.experts import Save
 from titan_moe.moe import GroupedExperts, MoE, RoutedExperts
 from titan_moe.router import TokenChoiceTopKRouter
 from titan_moe.sharding import shard_moe
@@ -59,7 +60,7 @@ def parallel_dims(ctx: RankContext, mesh: Mesh) -> ParallelDims:
     return dims
 
 
-def build_layer(case: Case, dispatcher: str = "local") -> MoE:
+def build_layer(case: Case, dispatcher: str = "local", save: Save = "all") -> MoE:
     """Our layer with `case`'s weights, in their dtype, on one rank."""
     num_experts, hidden_dim, dim = case.params["w1_EFD"].shape
     options = dict(case.options)
@@ -80,7 +81,9 @@ def build_layer(case: Case, dispatcher: str = "local") -> MoE:
             **options,
         ),
         routed_experts=RoutedExperts.Config(
-            inner_experts=GroupedExperts.Config(dim=dim, hidden_dim=hidden_dim, num_experts=num_experts),
+            inner_experts=GroupedExperts.Config(
+                dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, save=save
+            ),
             token_dispatcher=backends.config(dispatcher, num_experts=num_experts, top_k=top_k),
         ),
         shared_experts=shared,
@@ -129,7 +132,12 @@ def on_mesh(layer: MoE, dims: ParallelDims, mesh: Mesh) -> MoE:
 
 
 def run_layer(
-    ctx: RankContext, case: Case, mesh: Mesh, dispatcher: str, fault: str | None = None
+    ctx: RankContext,
+    case: Case,
+    mesh: Mesh,
+    dispatcher: str,
+    fault: str | None = None,
+    save: Save = "all",
 ) -> dict[str, Any]:
     """Forward and backward of `case` on `mesh`: whole output, scores, counts and gradients, by oracle name.
 
@@ -137,7 +145,7 @@ def run_layer(
     `fault` names one of `tests.faults.FAULTS`, planted before the forward.
     """
     dims = parallel_dims(ctx, mesh)
-    layer = on_mesh(build_layer(case, dispatcher), dims, mesh)
+    layer = on_mesh(build_layer(case, dispatcher, save), dims, mesh)
     if fault is not None:
         FAULTS[fault](layer)
     seen = _watch(layer)

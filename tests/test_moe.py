@@ -11,6 +11,7 @@ from tests.faults import FAULTS
 from tests.layers import Mesh, build_layer, differences, on_mesh, parallel_dims, parameters, run_layer
 from tests.oracle import Case, random_case
 from tests.ranks import Mode, run_ranks
+from titan_moe.experts import Save
 
 RANKS, D, F, E = 4, 16, 8, 8
 
@@ -19,6 +20,7 @@ MESHES = [
     for tp, ep in itertools.product((1, 2, 4), repeat=2)
     for sp in (True, False)[:tp]
 ]
+SAVES: tuple[Save, Save] = ("all", "inputs")
 BATCHES, LENGTHS = (1, 2, 3), (1, 2, 5, 7, 8)
 REGIMES: dict[str, dict[str, Any]] = {
     "random": {"K": 3, "bias_scale": 0.1},
@@ -54,8 +56,8 @@ def _dispatchers(mesh: Mesh) -> list[str]:
     ]
 
 
-def _check(case: Case, mesh: Mesh, dispatcher: str, mode: Mode, **kwargs: Any) -> None:
-    results = run_ranks(run_layer, RANKS, case, mesh, dispatcher, mode=mode, **kwargs)
+def _check(case: Case, mesh: Mesh, dispatcher: str, mode: Mode, save: Save = "all") -> None:
+    results = run_ranks(run_layer, RANKS, case, mesh, dispatcher, None, save, mode=mode)
     assert all(not result["none_gradients"] for result in results)
     assert differences(results, case) == []
 
@@ -66,7 +68,7 @@ def _param(mesh: Mesh, shape: tuple[int, int], dispatcher: str) -> Any:
 
 SHAPES = list(itertools.product(BATCHES, LENGTHS))
 FULL = [_param(m, shape, name) for m in MESHES for shape in SHAPES for name in _dispatchers(m)]
-# Every mesh meets every length; batch sizes, dispatchers and regimes take turns.
+# Every mesh meets every length; batch sizes, dispatchers, regimes and what is saved take turns.
 WIDE = [
     _param(mesh, (BATCHES[number % 3], length), _dispatchers(mesh)[number % len(_dispatchers(mesh))])
     for number, (mesh, length) in enumerate(itertools.product(MESHES, LENGTHS))
@@ -81,7 +83,7 @@ def test_layer_equals_oracle_on_simulated_ranks(
     number: int, mesh: Mesh, shape: tuple[int, int], dispatcher: str
 ) -> None:
     regime = list(REGIMES)[number % len(REGIMES)]
-    _check(_case(mesh, *shape, regime), mesh, dispatcher, "local_tensor")
+    _check(_case(mesh, *shape, regime), mesh, dispatcher, "local_tensor", SAVES[number % 2])
 
 
 @pytest.mark.slow
@@ -90,7 +92,8 @@ def test_layer_equals_oracle_on_simulated_ranks(
 def test_layer_equals_oracle_in_full(
     mesh: Mesh, shape: tuple[int, int], dispatcher: str, regime: str
 ) -> None:
-    _check(_case(mesh, *shape, regime), mesh, dispatcher, "local_tensor")
+    save = SAVES[(sum(shape) + len(regime)) % 2]
+    _check(_case(mesh, *shape, regime), mesh, dispatcher, "local_tensor", save)
 
 
 GLOO = [
@@ -124,15 +127,16 @@ def test_layer_equals_oracle_on_real_ranks(
     _check(_case(mesh, *shape, regime), mesh, dispatcher, "gloo")
 
 
+@pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("shape", [(3, 7), (1, 1), (2, 0), (0, 3)], ids=["B3-L7", "one-token", "L0", "B0"])
-def test_one_rank_without_any_mesh(shape: tuple[int, int], regime: str) -> None:
+def test_one_rank_without_any_mesh(shape: tuple[int, int], regime: str, save: Save) -> None:
     options = dict(REGIMES[regime])
     case = random_case(7, 3, 7, D, F, E, options.pop("K"), shared=True, **options)
     batch, length = shape
     case.params["x_BLD"] = case.params["x_BLD"][:batch, :length].detach().clone().requires_grad_()
     case.grad_out_BLD = case.grad_out_BLD[:batch, :length].contiguous()
-    layer = build_layer(case)
+    layer = build_layer(case, save=save)
     x_BLD = case.params["x_BLD"].detach().clone().requires_grad_()
     out_BLD = layer(x_BLD)
     out_BLD.backward(case.grad_out_BLD)

@@ -102,10 +102,8 @@ class _GateAndUp(torch.autograd.Function):
         offsets_e, w1_eFD, w3_eFD, *kept = ctx.saved_tensors
         wants_x, _, wants_w1, wants_w3, *_ = ctx.needs_input_grad
         x_RD = _again(*kept)
-        grad_w1, grad_w3 = (
-            _outer_products(grad_RF, x_RD, offsets_e) if wanted else None
-            for grad_RF, wanted in zip(grads_RF, (wants_w1, wants_w3), strict=True)
-        )
+        grad_w1 = _outer_products(grads_RF[0], x_RD, offsets_e) if wants_w1 else None
+        grad_w3 = _outer_products(grads_RF[1], x_RD, offsets_e) if wants_w3 else None
         del x_RD
         grad_x_RD = _grad_of_rows(grads_RF, w1_eFD, w3_eFD, offsets_e) if wants_x else None
         return grad_x_RD, None, grad_w1, grad_w3, None, None
@@ -141,10 +139,8 @@ class _FromInputs(torch.autograd.Function):
         del grad_RD
         grads_RF = list(kernels.swiglu_backward(grad_h_RF, gate_RF, up_RF))
         del grad_h_RF, gate_RF, up_RF
-        grad_w1, grad_w3 = (
-            _outer_products(grad_RF, x_RD, offsets_e) if wanted else None
-            for grad_RF, wanted in zip(grads_RF, (wants_w1, wants_w3), strict=True)
-        )
+        grad_w1 = _outer_products(grads_RF[0], x_RD, offsets_e) if wants_w1 else None
+        grad_w3 = _outer_products(grads_RF[1], x_RD, offsets_e) if wants_w3 else None
         del x_RD
         grad_x_RD = _grad_of_rows(grads_RF, w1_eFD, w3_eFD, offsets_e) if wants_x else None
         return grad_x_RD, None, grad_w1, grad_w2, grad_w3, None, None

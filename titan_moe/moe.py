@@ -59,7 +59,7 @@ class GroupedExperts(upstream.GroupedExperts):
         """
         offsets_e = num_tokens_per_expert_e.cumsum(0, dtype=torch.int32)
         w1_eFD, w2_eDF, w3_eFD = (_local(weight) for weight in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
-        if type(self)._grouped_mm is GroupedExperts._grouped_mm:
+        if getattr(self._grouped_mm, "__func__", None) is GroupedExperts._grouped_mm:
             return swiglu_experts(x_RD, offsets_e, w1_eFD, w2_eDF, w3_eFD, source, self.save)
         gate_RF = self._grouped_mm(A=x_RD, B_t=w1_eFD.transpose(-2, -1), offs=offsets_e)
         up_RF = self._grouped_mm(A=x_RD, B_t=w3_eFD.transpose(-2, -1), offs=offsets_e)
