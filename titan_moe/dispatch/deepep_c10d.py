@@ -1,7 +1,7 @@
 """DeepEP's idea on c10d collectives. The legend is in ``titan_moe/moe.py``.
 
-A token goes once to each rank that owns at least one of its K experts, and each of its picks, 8 bytes,
-to the rank that owns the expert (deepseek-ai/DeepEP sends all K picks with every row).
+A token goes once to each rank that owns at least one of its K experts, and each of its picks, its code and
+its score, to the rank that owns the expert (deepseek-ai/DeepEP sends all K picks with every row).
 """
 
 from dataclasses import dataclass
@@ -15,31 +15,46 @@ from titan_moe.dispatch.collectives import Splits, exchange_counts, exchange_row
 from titan_moe.dispatch.ops import Slots, gather_rows, slots_by_key, sum_rows, weighted_sum
 
 
-class Plan(NamedTuple):
-    """M rows leave this rank, U arrive, and become R rows for the local experts.
+class Outgoing(NamedTuple):
+    """What this rank knows once the counts are exchanged: M rows and N picks leave, U and R will arrive.
 
     Attributes:
         copies: the M rows as slots of a (T, S ranks) grid: ordered by rank, inside a rank by token.
         copy_splits: M and U by rank.
         picks: the N picks as slots of the (T, K) grid, in the order of ``copies``.
         pick_splits: N and R by rank.
-        arrived: the R picks as they arrive, in expert-major order: K is 1.
-        experts: the same R rows as slots of the arrived (U, K) grid.
+        code_N: int64: twice the pick's expert on its rank, plus 1 where it is the first of its row.
+        counts_e: rows of each local expert.
     """
 
     copies: Slots
     copy_splits: Splits
     picks: Slots
     pick_splits: Splits
-    arrived: Slots
-    experts: Slots
+    code_N: torch.Tensor
+    counts_e: torch.Tensor
+
+
+class Arrived(NamedTuple):
+    """The R picks that came, as rows in three orders; K is 1 in the first and the last.
+
+    Attributes:
+        by_expert: as they arrive, in expert-major order.
+        rows: the expert-major rows as slots of the arrived (U, K) grid.
+        grid: as they arrive, as slots of that grid, each slot for itself.
+    """
+
+    by_expert: Slots
+    rows: Slots
+    grid: Slots
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanMetadata(DispatchMetadata):
+class PickMetadata(DispatchMetadata):
     """``scores`` are per arrived row, (U, K), in PerRank, and per token, (T, K), in PerSlot."""
 
-    plan: Plan
+    out: Outgoing
+    arrived: Arrived
     scores: torch.Tensor
 
 
@@ -52,28 +67,39 @@ class PerRank:
 
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
-    ) -> Dispatched[PlanMetadata]:
-        """One count exchange, one host sync."""
-        plan, counts_e = make_plan(routing, self.ep_mesh, self.num_experts)
-        x_UD = exchange_rows(gather_rows(x_TD, plan.copies), plan.copy_splits, self.ep_mesh)
-        scores_UK = _send_scores(routing.topk_scores_TK, plan, self.ep_mesh)
-        source = plan.experts.source(x_UD)
-        metadata = PlanMetadata.extend(layout, plan=plan, scores=scores_UK, source=source)
-        return Dispatched(gather_rows(x_UD, plan.experts), counts_e, metadata)
+    ) -> Dispatched[PickMetadata]:
+        """One count exchange, one host sync. The picks arrive while the rows are in flight."""
+        out = prepare(routing, self.ep_mesh, self.num_experts)
+        rows = start_exchange(gather_rows(x_TD, out.copies), out.copy_splits, self.ep_mesh)
+        scores_N = gather_rows(routing.topk_scores_TK.reshape(-1, 1), out.picks.ungrouped).squeeze(1)
+        # One exchange for both: a code is a whole number that fp32 holds exactly.
+        picks_N2 = torch.stack([scores_N, out.code_N.to(scores_N.dtype)], dim=1)
+        scores_R, code_R = exchange_rows(picks_N2, out.pick_splits, self.ep_mesh).unbind(1)
+        arrived = arrange(code_R.detach().to(torch.int64), out, routing.topk_expert_ids_TK.shape[1])
+        scores_U = sum_rows(scores_R.unsqueeze(1), arrived.grid)
+        x_UD = wait(rows)
+        metadata = PickMetadata.extend(
+            layout,
+            out=out,
+            arrived=arrived,
+            scores=scores_U.view_as(arrived.rows.place_TK),
+            source=arrived.rows.source(x_UD),
+        )
+        return Dispatched(gather_rows(x_UD, arrived.rows), out.counts_e, metadata)
 
-    def start_combine(self, y_RD: torch.Tensor, metadata: PlanMetadata) -> torch.Tensor:
+    def start_combine(self, y_RD: torch.Tensor, metadata: PickMetadata) -> torch.Tensor:
         """(R, D) to the (M, D) partial sums of this rank's tokens, in flight."""
-        z_UD = weighted_sum(y_RD, metadata.scores, metadata.plan.experts)
-        return start_exchange(z_UD, metadata.plan.copy_splits.back(), self.ep_mesh)
+        z_UD = weighted_sum(y_RD, metadata.scores, metadata.arrived.rows)
+        return start_exchange(z_UD, metadata.out.copy_splits.back(), self.ep_mesh)
 
-    def finish_combine(self, in_flight: torch.Tensor, metadata: PlanMetadata) -> torch.Tensor:
+    def finish_combine(self, in_flight: torch.Tensor, metadata: PickMetadata) -> torch.Tensor:
         """(T, D): summed over ranks, in rank order."""
-        return sum_rows(wait(in_flight), metadata.plan.copies)
+        return sum_rows(wait(in_flight), metadata.out.copies)
 
-    def traffic(self, metadata: PlanMetadata, itemsize: int) -> Traffic:
+    def traffic(self, metadata: PickMetadata, itemsize: int) -> Traffic:
         """A row per token and rank, both ways; with each pick, its code and its score."""
-        sent, received = map(sum, metadata.plan.copy_splits)
-        pick_bytes = sum(metadata.plan.pick_splits.sent) * (4 + metadata.scores.element_size())
+        sent, received = map(sum, metadata.out.copy_splits)
+        pick_bytes = sum(metadata.out.pick_splits.sent) * 2 * metadata.scores.element_size()
         row_bytes = metadata.dim * itemsize
         return Traffic(sent, sent * row_bytes + pick_bytes, received, received * row_bytes)
 
@@ -87,33 +113,35 @@ class PerSlot:
 
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
-    ) -> Dispatched[PlanMetadata]:
+    ) -> Dispatched[PickMetadata]:
         """One count exchange, one host sync."""
-        plan, counts_e = make_plan(routing, self.ep_mesh, self.num_experts)
-        slots = (*plan.copies, *plan.picks, *plan.arrived, *plan.experts)
-        x_RD = _SendOnceReturnEach.apply(x_TD, plan.copy_splits, plan.pick_splits, self.ep_mesh, *slots)
-        metadata = PlanMetadata.extend(layout, plan=plan, scores=routing.topk_scores_TK)
-        return Dispatched(x_RD, counts_e, metadata)
+        out = prepare(routing, self.ep_mesh, self.num_experts)
+        code_R = exchange_rows(out.code_N.to(torch.int32), out.pick_splits, self.ep_mesh)
+        arrived = arrange(code_R.to(torch.int64), out, routing.topk_expert_ids_TK.shape[1])
+        slots = (*out.copies, *out.picks, *arrived.by_expert, *arrived.rows)
+        x_RD = _SendOnceReturnEach.apply(x_TD, out.copy_splits, out.pick_splits, self.ep_mesh, *slots)
+        metadata = PickMetadata.extend(layout, out=out, arrived=arrived, scores=routing.topk_scores_TK)
+        return Dispatched(x_RD, out.counts_e, metadata)
 
-    def start_combine(self, y_RD: torch.Tensor, metadata: PlanMetadata) -> torch.Tensor:
+    def start_combine(self, y_RD: torch.Tensor, metadata: PickMetadata) -> torch.Tensor:
         """(R, D) to the (N, D) rows of this rank's picks, in flight."""
-        y_RD = sum_rows(y_RD, metadata.plan.arrived)
-        return start_exchange(y_RD, metadata.plan.pick_splits.back(), self.ep_mesh)
+        y_RD = sum_rows(y_RD, metadata.arrived.by_expert)
+        return start_exchange(y_RD, metadata.out.pick_splits.back(), self.ep_mesh)
 
-    def finish_combine(self, in_flight: torch.Tensor, metadata: PlanMetadata) -> torch.Tensor:
+    def finish_combine(self, in_flight: torch.Tensor, metadata: PickMetadata) -> torch.Tensor:
         """(T, D): in slot order, rounded once."""
-        return weighted_sum(wait(in_flight), metadata.scores, metadata.plan.picks)
+        return weighted_sum(wait(in_flight), metadata.scores, metadata.out.picks)
 
-    def traffic(self, metadata: PlanMetadata, itemsize: int) -> Traffic:
+    def traffic(self, metadata: PickMetadata, itemsize: int) -> Traffic:
         """A row per token and rank out, with each pick's code; a row per pick back, and in backward."""
-        picks, row_bytes = metadata.plan.pick_splits, metadata.dim * itemsize
-        sent, returned = sum(metadata.plan.copy_splits.sent), sum(picks.received)
+        picks, row_bytes = metadata.out.pick_splits, metadata.dim * itemsize
+        sent, returned = sum(metadata.out.copy_splits.sent), sum(picks.received)
         return Traffic(sent, sent * row_bytes + 4 * sum(picks.sent), returned, returned * row_bytes)
 
 
 @torch.no_grad()
-def make_plan(routing: Routing, ep_mesh: DeviceMesh, num_experts: int) -> tuple[Plan, torch.Tensor]:
-    """The plan, and the rows of each local expert. One count exchange, the host sync, and one of picks."""
+def prepare(routing: Routing, ep_mesh: DeviceMesh, num_experts: int) -> Outgoing:
+    """Who gets what. One count exchange, and the host sync."""
     ids_TK, ep_size, num_local = routing.topk_expert_ids_TK, ep_mesh.size(), num_experts // ep_mesh.size()
     rank_TK = ids_TK // num_local
     goes_TS = _ranks_of(rank_TK, routing.present_TK, ep_size)
@@ -121,27 +149,37 @@ def make_plan(routing: Routing, ep_mesh: DeviceMesh, num_experts: int) -> tuple[
     ranks_S = torch.arange(ep_size, device=ids_TK.device)
     picks = slots_by_key(rank_TK, routing.present_TK, counts.num_rows_sent)
     is_first_N = _is_first(rank_TK.flatten().index_select(0, picks.order_N), picks.token_N)
-    # One int32 per pick: its expert on that rank, and whether it is the first of its row.
     expert_N = (ids_TK % num_local).flatten().index_select(0, picks.order_N)
-    code_R = exchange_rows((2 * expert_N + is_first_N).to(torch.int32), counts.rows, ep_mesh)
-    arrived = slots_by_key((code_R // 2).unsqueeze(1))
-    plan = Plan(
+    return Outgoing(
         copies=slots_by_key(ranks_S.expand_as(goes_TS), goes_TS, sum(counts.copies.sent)),
         copy_splits=counts.copies,
         picks=picks,
         pick_splits=counts.rows,
-        arrived=arrived,
-        experts=_grid(code_R % 2, arrived, sum(counts.copies.received), ids_TK.shape[1]),
+        code_N=2 * expert_N + is_first_N,
+        counts_e=counts.num_tokens_Se.sum(0),
     )
-    return plan, counts.num_tokens_Se.sum(0)
 
 
-def _send_scores(scores_TK: torch.Tensor, plan: Plan, ep_mesh: DeviceMesh) -> torch.Tensor:
-    """Each pick's score to the rank that owns its expert: (T, K) to (U, K). Differentiable."""
-    scores_N1 = gather_rows(scores_TK.reshape(-1, 1), plan.picks.ungrouped)
-    scores_R1 = exchange_rows(scores_N1, plan.pick_splits, ep_mesh)
-    scores_UK = sum_rows(gather_rows(scores_R1, plan.arrived), plan.experts.ungrouped)
-    return scores_UK.view_as(plan.experts.place_TK)
+@torch.no_grad()
+def arrange(code_R: torch.Tensor, out: Outgoing, top_k: int) -> Arrived:
+    """Where the picks that came stand: the k-th pick of a row is in column k of the (U, K) grid."""
+    by_expert = slots_by_key((code_R // 2).unsqueeze(1))
+    row_R = (code_R % 2).cumsum(0) - 1
+    arrival_R = torch.arange(row_R.shape[0], device=row_R.device)
+    number_R = row_R * top_k + arrival_R - torch.searchsorted(row_R, row_R)
+    none_N = number_R.new_zeros(sum(out.copy_splits.received) * top_k)
+    present_N = none_N.bool().index_fill_(0, number_R, True)
+    row_place_N = none_N.scatter(0, number_R, by_expert.place_TK.flatten())
+    place_N = none_N.scatter(0, number_R, arrival_R)
+    return Arrived(
+        by_expert=by_expert,
+        rows=Slots(
+            number_R.index_select(0, by_expert.order_N),
+            row_place_N.view(-1, top_k),
+            present_N.view(-1, top_k),
+        ),
+        grid=Slots(number_R, place_N.unsqueeze(1), present_N.unsqueeze(1)),
+    )
 
 
 class _SendOnceReturnEach(torch.autograd.Function):
@@ -190,13 +228,3 @@ def _is_first(rank_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
     """Which picks, ordered by rank and token, are the first of their row."""
     changes = [row.diff(prepend=row.new_full((1,), -1)) != 0 for row in (rank_N, token_N)]
     return changes[0] | changes[1]
-
-
-def _grid(is_first_R: torch.Tensor, arrived: Slots, num_copies: int, top_k: int) -> Slots:
-    """The arrived picks as rows drawn from a (U, K) grid: the k-th pick of a row is in column k."""
-    row_R = is_first_R.cumsum(0) - 1
-    column_R = torch.arange(row_R.shape[0], device=row_R.device) - torch.searchsorted(row_R, row_R)
-    number_R = row_R * top_k + column_R
-    place = number_R.new_zeros(num_copies * top_k).scatter_(0, number_R, arrived.place_TK.flatten())
-    present = torch.zeros_like(place, dtype=torch.bool).index_fill_(0, number_R, True)
-    return Slots(number_R.index_select(0, arrived.order_N), place.view(-1, top_k), present.view(-1, top_k))
