@@ -13,7 +13,7 @@ from torchtitan.models.common.linear import Linear
 from tests import oracle
 from titan_moe import router as router_module
 from titan_moe.dispatch.base import Routing
-from titan_moe.router import TokenChoiceTopKRouter
+from titan_moe.router import TokenChoiceTopKRouter, _top_k
 
 T, D, E = 13, 16, 8
 
@@ -94,6 +94,27 @@ class TestTies:
         expected_TK, _ = oracle.route(x_TD, gate_ED, **options)
         ids_TK = build(gate_ED, **options)(x_TD).topk_expert_ids_TK
         return (ids_TK != expected_TK).any(1).nonzero().flatten().tolist()
+
+    @pytest.mark.parametrize("E", [2, 8, 256])
+    def test_fp32_and_fp64_choose_alike(self, E: int) -> None:
+        """They order by different means: whole bits, and a stable sort."""
+        scores_TE = self._many_ties(E)
+        assert torch.equal(_top_k(scores_TE, 2), _top_k(scores_TE.double(), 2))
+
+    def test_bits_of_negative_scores_run_backwards(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Negative control: fp32's bits as they are choose otherwise."""
+        scores_TE = self._many_ties(8)
+        monkeypatch.setattr(router_module, "_keys", lambda scores_TE: scores_TE.view(torch.int32))
+        assert not torch.equal(_top_k(scores_TE, 2), _top_k(scores_TE.double(), 2))
+
+    def _many_ties(self, num_experts: int) -> Tensor:
+        """fp32: of both signs, with equal ones, infinite ones, subnormal ones, and neighbours."""
+        scores_TE = draw(512, num_experts, dtype=torch.float32)
+        scores_TE[::3] = scores_TE[::3].round() + 0.0
+        scores_TE[1::4, : num_experts // 2] = float("-inf")
+        scores_TE[2::5] *= 1e-44
+        scores_TE += 0.0  # no -0: fp32's bits tell it from 0, and no score is one
+        return torch.where(draw(512, num_experts, seed=9) > 1, scores_TE.nextafter(scores_TE + 1), scores_TE)
 
     def test_do_not_hang_on_the_other_tokens(self) -> None:
         """A token alone is routed as in company."""

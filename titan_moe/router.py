@@ -185,14 +185,29 @@ def _top_k(scores_TE: torch.Tensor, k: int) -> torch.Tensor:
     """Ids of the k largest, best first, ties to the lower id.
 
     ``topk`` alone breaks ties as the kernel likes: equal scores would route differently with the number
-    of rows or the device. So a stable sort ranks, and ``topk`` picks from the ranks, which are all
-    different. It stays the op that picks because selective checkpointing saves its result: recomputation
-    then routes as the forward did, even when its scores come out a bit different.
+    of rows or the device. So it picks from integers that are all different. It stays the op that picks
+    because selective checkpointing saves its result: recomputation then routes as the forward did, even
+    when its scores come out a bit different.
     """
+    key_TE = _sorted_places(scores_TE) if scores_TE.dtype == torch.float64 else _keys(scores_TE)
+    return key_TE.topk(k, dim=-1, sorted=True).indices
+
+
+def _keys(scores_TE: torch.Tensor) -> torch.Tensor:
+    """int64: the order of fp32 scores above, that of the ids, from behind, below. (-0 is less than 0.)"""
+    bits_TE = scores_TE.view(torch.int32)
+    # The bits of a positive float grow with it; those of a negative one shrink.
+    bits_TE = torch.where(bits_TE < 0, bits_TE ^ 0x7FFFFFFF, bits_TE)
+    num_experts = scores_TE.shape[-1]
+    from_behind_E = torch.arange(num_experts - 1, -1, -1, device=scores_TE.device)
+    return torch.add(from_behind_E, bits_TE, alpha=num_experts)
+
+
+def _sorted_places(scores_TE: torch.Tensor) -> torch.Tensor:
+    """int64: minus each score's place in a stable sort; for fp64, which leaves no bits for ids."""
     order_TE = scores_TE.sort(dim=-1, descending=True, stable=True).indices
     places_E = torch.arange(order_TE.shape[-1], device=order_TE.device)
-    rank_TE = torch.empty_like(order_TE).scatter_(-1, order_TE, places_E.expand_as(order_TE))
-    return rank_TE.topk(k, dim=-1, largest=False, sorted=True).indices
+    return torch.empty_like(order_TE).scatter_(-1, order_TE, -places_E.expand_as(order_TE))
 
 
 def _local_gate(param: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,8 @@
 Parameters and rows are bf16 on both sides, as under FSDP's mixed precision; buffers keep their fp32.
 """
 
-import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +20,10 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, L
 from titan_moe.bench.clock import DEVICE
 from titan_moe.bench.shapes import Shape
 from titan_moe.dispatch.base import DispatchLimits
+from titan_moe.experts import Save
 from titan_moe.models.swap import swap_layer
 
-STOCK, OURS, FLOOR = "stock", "ours", "floor"
+STOCK, OURS, INPUTS, FLOOR = "stock", "ours", "save inputs", "floor"
 _GATE, _EXPERTS = "router.gate.weight", "routed_experts.inner_experts"
 Build = Callable[[Shape], nn.Module]
 
@@ -35,21 +35,16 @@ def stock(shape: Shape, dispatcher: type[LocalTokenDispatcher] = LocalTokenDispa
     return _stock_config(shape, dispatcher).build()
 
 
-def ours(
-    shape: Shape, dispatcher: str = "local", experts: Mapping[str, Any] | None = None, **options: Any
-) -> nn.Module:
-    """Our layer; ``experts`` are fields of its GroupedExperts' Config, ``options`` of its dispatcher's."""
-    config = swap_layer("MoE", _stock_config(shape), dispatcher=dispatcher, **options)
-    routed = config.routed_experts
-    routed.inner_experts = dataclasses.replace(routed.inner_experts, **(experts or {}))
-    return config.build()
+def ours(shape: Shape, dispatcher: str = "local", save: Save = "all", **options: Any) -> nn.Module:
+    """Our layer; ``options`` are its dispatcher's."""
+    return swap_layer("MoE", _stock_config(shape), dispatcher=dispatcher, save=save, **options).build()
 
 
 # What is compared. Another variant of ours is another line; targets are held by OURS.
 LAYERS: dict[str, Build] = {
     STOCK: stock,
     OURS: ours,
-    "save inputs": partial(ours, experts={"save": "inputs"}),
+    INPUTS: partial(ours, save="inputs"),
 }
 ALL_TO_ALL, PER_RANK, PER_SLOT = "all_to_all", "deepep per_rank", "deepep per_slot"
 OVER_RANKS: dict[str, Build] = {

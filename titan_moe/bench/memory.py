@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from titan_moe.bench import clock
-from titan_moe.bench.contestants import LAYERS, OURS, STOCK, LayerRun, Problem, check_same
+from titan_moe.bench.contestants import INPUTS, LAYERS, OURS, STOCK, LayerRun, Problem, check_same
 from titan_moe.bench.report import Found, Settings, Table
 
 TITLE = "Memory: bytes saved for backward, and peak of forward and backward"
@@ -48,9 +48,10 @@ def tables(found: Found, settings: Settings) -> Iterator[Table]:
 
 
 def figures(found: Found) -> dict[str, float]:
-    """The worst shape's ratios."""
+    """The worst shape's ratios to stock."""
     return {
-        f"{what}.worst": max(sides[OURS][what] / sides[STOCK][what] for sides in found.values())
+        f"{what}.worst of {name}": max(sides[name][what] / sides[STOCK][what] for sides in found.values())
+        for name in (OURS, INPUTS)
         for what in ("saved", "peak")
     }
 
