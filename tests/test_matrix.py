@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 from tests.faults import FAULTS
-from tests.matrix import CELLS, MARKS, REFUSED, ROOT, Cell, Matrix, main, refusal, table_line
+from tests.matrix import MARKS, main, refusal, table_line
+from tests.matrix_cell_run import Matrix
+from tests.matrix_cells import CELLS, REFUSED, ROOT, Cell
 from tests.ranks import close_pools
 from titan_moe.device import norms_keep_short_shards, stages_leave_buffers
 
