@@ -244,7 +244,7 @@ def test_least_bytes_by_hand() -> None:
 
 
 def test_targets_hold_or_not() -> None:
-    head, mean, worst, deepep = targets.table({"layer.mean": 1.3, "layer.worst": 0.99, "deepep.worst": 1.0})
+    head, mean, worst, deepep = targets.table({"layer.mean": 1.3, "layer.worst": 0.99, "ep4.deepep": 1.0})
     assert head[0] == "target"
     assert mean[1:] == [">= 1.3", "1.300", "pass"]
     assert worst[1:] == [">= 1.0", "0.990", "FAIL"]
