@@ -44,6 +44,13 @@ CASES: dict[str, list[Case]] = {
             says=r"with routing_replay.mode 'record': only our router replays; use 'off'",
         ),
     ],
+    "stock_layer_saves_what_it_saves": [
+        Case(
+            passes="--moe.save inputs",
+            fails=f"{_STOCK} --moe.save inputs",
+            says=r"model.moe \('torchtitan'\) keeps what autograd keeps, not moe.save 'inputs'; use 'all'",
+        ),
+    ],
     "inputs_come_from_a_capture": [
         Case(
             passes="--numerics.capture",

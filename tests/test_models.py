@@ -177,6 +177,11 @@ class TestSwapMoE:
         kinds = {type(moe.routed_experts.inner_experts).__qualname__ for moe in moe_configs(config).values()}
         assert kinds == {"GptOssGroupedExperts.Config"}
 
+    def test_experts_of_another_kind_save_what_they_save(self) -> None:
+        config = stock_spec("gpt_oss", "debugmodel").model
+        with pytest.raises(ValueError, match=r"moe.save 'inputs': .* own kind \(GptOssGrouped.*use 'all'"):
+            swap_moe(config, dispatcher="local", save="inputs")
+
 
 class LoudMoE(upstream.MoE):
     """A layer that a swap would lose something of."""

@@ -38,8 +38,10 @@ PER_SLOT = ("--moe.dispatcher=deepep", "--moe.deepep.combine=per_slot")
 
 
 def test_the_same_run_twice_has_the_same_bits(tmp_path: Path) -> None:
-    runs = [_bits(_run(tmp_path, f"twice-{again}")) for again in range(2)]
-    assert runs[0] == runs[1]
+    """And so has one that keeps the experts' inputs only, under full recomputation besides."""
+    saving = ("--moe.save=inputs", "--activation_checkpoint.mode=full")
+    runs = [_bits(_run(tmp_path, str(number), *more)) for number, more in enumerate([(), (), saving])]
+    assert runs[0] == runs[1] == runs[2]
     assert len(runs[0]) == 3
 
 

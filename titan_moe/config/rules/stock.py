@@ -41,9 +41,16 @@ def stock_layer_routes_for_itself(facts: Facts) -> None:
         raise Broken(f"{_KEY} with routing_replay.mode {replay.mode!r}: only our router replays; use 'off'")
 
 
+def stock_layer_saves_what_it_saves(facts: Facts) -> None:
+    """What is kept for backward is a choice of our experts."""
+    if facts.stock and facts.plan.moe.save != "all":
+        raise Broken(f"{_KEY} keeps what autograd keeps, not moe.save {facts.plan.moe.save!r}; use 'all'")
+
+
 RULES = (
     stock_layer_has_its_own_dispatcher,
     stock_layer_sees_whole_shards,
     stock_layer_needs_sp_beside_ep,
     stock_layer_routes_for_itself,
+    stock_layer_saves_what_it_saves,
 )
