@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,6 +90,18 @@ def _arguments(name: str) -> tuple[Any, ...]:
 def test_torch_accepts_the_op(name: str) -> None:
     """Schema, fake tensors, and torch.compile's dispatch: what torch.library.opcheck looks at."""
     torch.library.opcheck(getattr(torch.ops.titan_moe, name).default, _arguments(name))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_gpu_without_triton_takes_eager(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    if not installed:
+        monkeypatch.setitem(sys.modules, "triton", None)  # an import of it fails
+        monkeypatch.delitem(sys.modules, "titan_moe.kernels.gpu", raising=False)
+        monkeypatch.delattr("titan_moe.kernels.gpu", raising=False)
+    ops.gpu_kernels.cache_clear()
+    name = ops.gpu_kernels().__name__
+    ops.gpu_kernels.cache_clear()
+    assert name == ("titan_moe.kernels.gpu" if installed else "titan_moe.kernels.eager")
 
 
 class TestWithoutALibrary:
