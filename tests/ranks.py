@@ -214,6 +214,7 @@ class _Pool:
         self.folder = Path(tempfile.mkdtemp(prefix="titan_moe_ranks_"))
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
+        self.collectives: dict[int, dict[str, int]] = {rank: {} for rank in range(world_size)}  # so far
         try:
             for rank in range(world_size):
                 self._spawn(rank)
@@ -243,8 +244,9 @@ class _Pool:
         """Why the ranks are no longer in step after a body; empty when they are."""
         counts: dict[str, dict[int, int]] = {}
         for rank, answer in sorted(answers.items()):
+            before, self.collectives[rank] = self.collectives[rank], answer.collectives
             for group, count in answer.collectives.items():
-                counts.setdefault(group, {})[rank] = count
+                counts.setdefault(group, {})[rank] = count - before.get(group, 0)
         uneven = {group: by_rank for group, by_rank in counts.items() if len(set(by_rank.values())) > 1}
         if uneven and in_step:
             return f"the ranks ran different numbers of collectives; by group and rank: {uneven}"

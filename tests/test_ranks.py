@@ -319,6 +319,27 @@ def test_ranks_out_of_step_are_reported() -> None:
         run_ranks(leave_a_collective, 2)
 
 
+def send_along(ctx: RankContext) -> None:
+    """As a pipeline does: the ends send and receive once, the one between them twice."""
+    one = torch.ones(1)
+    if ctx.rank > 0:
+        dist.recv(one, ctx.rank - 1)
+    if ctx.rank < ctx.world_size - 1:
+        dist.send(one, ctx.rank + 1)
+
+
+def test_a_pipeline_leaves_nothing_to_the_next_body() -> None:
+    """Its ranks' counts differ for good; what the next body adds to them is what counts."""
+    with pytest.raises(RankError, match="different numbers of collectives"):
+        run_ranks(send_along, 3)
+    run_ranks(send_along, 3, in_step=False)
+    pids = worker_pids(3)
+    run_ranks(settings, 3)
+    assert worker_pids(3) == pids, "the same workers went on"
+    with pytest.raises(RankError, match="different numbers of collectives"):
+        run_ranks(leave_a_collective, 3)
+
+
 def test_functions_a_worker_cannot_import_are_refused() -> None:
     """Before any process is started."""
     with pytest.raises(ValueError, match="top-level function"):
