@@ -28,9 +28,10 @@ def sum_kernel(out, y, scores, place, present, D, K: tl.constexpr, BLOCK: tl.con
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
         slot = t * K + k
-        here = columns < D
+        width = D
         if present is not None:
-            here = here & tl.load(present + slot)
+            width = tl.where(tl.load(present + slot) != 0, D, 0)  # nothing is read where there is no row
+        here = columns < width
         row = tl.load(y + tl.load(place + slot) * D + columns, mask=here, other=0.0).to(tl.float32)
         if scores is not None:
             score = tl.load(scores + slot).to(tl.float32)
