@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from titan_moe.bench import bytes_moved, ep, growth, layer, machine, memory, plot, step, targets, wire
+from titan_moe.bench import bytes_moved, clock, ep, growth, layer, machine, memory, plot, step, targets, wire
 from titan_moe.bench.report import Found, Settings
 from titan_moe.dispatch.__main__ import markdown
 
@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     """Measures, prints and writes what was asked for."""
     args = _parser().parse_args(argv)
     settings = Settings(world_size=args.world_size, quick=args.quick, only=tuple(args.only or ()))
+    clock.keep_memory()
     about = machine.describe(argv)
     _say(machine.line(about))
     if about["load_before"] > about["cores"]:

@@ -45,6 +45,7 @@ def _rank(
     rank: int, world_size: int, folder: str, timeout_s: float, body: Callable[..., Any], args: Any
 ) -> None:
     clock.take_rank(rank)
+    clock.keep_memory()
     dist.init_process_group(
         clock.BACKEND,
         init_method=f"file://{folder}/store",
