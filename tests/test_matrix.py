@@ -68,6 +68,7 @@ class TestPlanted:
         held = matrix.run(Cell(tp=2, ep=2, seq_len=127), _flat_offset)
         assert any(problem.startswith("gradients ") for problem in held.problems)
 
+    @pytest.mark.slow
     def test_one_rank_alone_is_red(self, matrix: Matrix) -> None:
         held = matrix.run(Cell(tp=2, ep=2, seq_len=127), _push_the_bias_of_rank_0)
         assert held.problems == ("first_bias of layers.1.moe", "expert_bias of layers.1.moe")

@@ -186,6 +186,7 @@ class TestPlantedFaults:
         assert found.verdict.startswith(f"different: gradient of {prefix}")
         assert "norm ratio 2;" in f"{found.verdict};"
 
+    @pytest.mark.slow
     def test_a_dropped_tail_token(self, folder: Path) -> None:
         found = _against_tp(folder, "dropped", *EP2_TP2, seq_len=31, sabotage=_dropped_tail)
         assert found.verdict.startswith("different: layers.2.moe at step 1 by ")

@@ -84,12 +84,12 @@ REPLAYS: dict[str, tuple[int, int, str, tuple[str, ...]]] = {
     "one-rank": (1, 6, "full", ()),
     "tp2": (4, 3, "selective", TP2),
 }
-SLOW = ("tp2", "ep4")
+SLOW = ("tp2", "ep4", "deepep")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in ("tp2", "ep4") else []) for name in REPLAYS],
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in REPLAYS],
 )
 def test_a_trace_replays_on_another_mesh(folder: Path, recorded: list[float], name: str) -> None:
     ranks, batch, ac, mesh = REPLAYS[name]
@@ -118,6 +118,7 @@ def test_a_trace_replays_on_another_mesh(folder: Path, recorded: list[float], na
     assert {line["layer"] for line in lines} == {"layers.1.moe", "layers.2.moe"}
 
 
+@pytest.mark.slow
 def test_recording_changes_nothing(folder: Path, recorded: list[float]) -> None:
     results = _run(
         folder,
@@ -298,6 +299,7 @@ class TestTracesThatDoNotFit:
             _run(folder, "over", 1, *argv)
         assert {file.name: file.read_bytes() for file in small.iterdir()} == before
 
+    @pytest.mark.slow
     def test_a_resumed_recording_goes_on(self, folder: Path) -> None:
         record = ("--routing_replay.mode=record", f"--routing_replay.path={folder / 'resumed-trace'}")
         for steps in (1, 2):
