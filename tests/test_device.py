@@ -258,6 +258,86 @@ print(torchtitan.components.metrics.device_type, utils.device_module.current_dev
     assert (ran.returncode, ran.stdout.split()) == (0, ["cpu", "0"]), ran.stderr[-2000:]
 
 
+BY_FP32 = """
+import warnings
+warnings.simplefilter("error")
+import torch
+torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: False  # a CPU without AVX-512
+import titan_moe
+torch.manual_seed(0)
+torch.set_num_threads(1)
+mm = torch.ops.aten
+a, b, c = torch.randn(3, 5, 48, 48)
+offsets = torch.tensor([0, 1, 20, 48, 48], dtype=torch.int32)
+cases = {
+    "mm": (mm.mm, (a[0], b[0]), {}),
+    "mm of transposed": (mm.mm, (a[0].t(), b[0].t()), {}),
+    "mm of no rows": (mm.mm, (a[0][:0], b[0]), {}),
+    "mm over no columns": (mm.mm, (a[0][:, :0], b[0][:0]), {}),
+    "addmm": (mm.addmm, (c[0], a[0], b[0]), {"beta": 2, "alpha": 3}),
+    "addmm of a bias": (mm.addmm, (c[0, 0], a[0], b[0]), {}),
+    "bmm": (mm.bmm, (a, b), {}),
+    "baddbmm": (mm.baddbmm, (c, a, b), {"alpha": 3}),
+    "grouped": (mm._grouped_mm, (a[0], b, offsets), {}),
+    "grouped over rows": (mm._grouped_mm, (a[0].t(), b[0], offsets), {}),
+}
+for name, (op, args, kwargs) in cases.items():
+    narrow = [arg.bfloat16() if arg.is_floating_point() else arg for arg in args]
+    wide = [arg.float() if arg.is_floating_point() else arg for arg in narrow]
+    expected = op(*wide, **kwargs)
+    assert expected.dtype == torch.float32
+    got = op(*narrow, **kwargs)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, expected.bfloat16()), name
+    if op is not mm._grouped_mm:
+        for of in (narrow, wide):
+            out = torch.empty_like(op(*of, **kwargs))
+            assert op.out(*of, **kwargs, out=out) is out and torch.equal(out, op(*of, **kwargs)), name
+weight = b[0].bfloat16().requires_grad_()
+torch.nn.functional.linear(a.bfloat16(), weight).backward(c.bfloat16())
+exact = torch.einsum("blf,bld->fd", c.bfloat16().double(), a.bfloat16().double())
+assert (weight.grad - exact).abs().max() < exact.abs().max() / 256
+print("held")
+"""
+
+
+class TestBf16Matmuls:
+    """On a CPU for which torch has none."""
+
+    @on_cpu
+    def test_they_are_fp32s_rounded_once(self) -> None:
+        """In a process of its own, which stays without them."""
+        root = Path(__file__).parent.parent
+        ran = subprocess.run(
+            [sys.executable, "-c", BY_FP32],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (ran.returncode, ran.stdout.split()) == (0, ["held"]), ran.stderr[-2000:]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+    def test_other_dtypes_are_handed_on_as_they_are(self, dtype: torch.dtype) -> None:
+        seen: list[Any] = []
+        plain: Any = types.SimpleNamespace(
+            call_boxed=lambda keys, *args, **kwargs: seen.append((args, kwargs))
+        )
+        a = torch.ones(2, 2, dtype=dtype)
+        device._multiply_by_fp32(plain, None, a, a, beta=2)
+        device._multiply_by_fp32_into(None, plain, None, a, a, out=a)
+        assert seen == [((a, a), {"beta": 2}), ((a, a), {"out": a})]
+
+    def test_where_torch_has_them_they_stay(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        called: list[str] = []
+        monkeypatch.setattr(device, "_multiply_bf16_as_fp32", lambda: called.append("by fp32"))
+        for has in (True, False):
+            monkeypatch.setattr(utils, "device_type", "cuda")
+            monkeypatch.setattr(device, "multiplies_bf16", lambda has=has: has)
+            device.fill_gaps()
+        assert called == ["by fp32"]
+
+
 class Rotated(torch.nn.Module):
     """Multiplies by a buffer, which backward needs, and counts."""
 

@@ -23,6 +23,8 @@ from packaging.version import Version
 from torch.distributed import distributed_c10d
 from torch.distributed.pipelining import PipelineStage, schedules
 
+_KERNELS = torch.library.Library("aten", "IMPL")  # ours live as long as this object does
+
 
 def fill_gaps() -> None:
     """Fills what torchtitan 0.3.0 misses in this torch and on this device. Safe to call twice."""
@@ -102,6 +104,8 @@ def _become_cpu() -> None:
 
     if utils.device_type == "cpu":
         return
+    if not multiplies_bf16():
+        _multiply_bf16_as_fp32()
     # tools/utils.py, get_device_info: falls back to "cuda" when torch finds no accelerator.
     stale_module, cpu_module = utils.device_module, _cpu_device_module()
     # metrics.py, parallel_dims.py and others import these names by value.
@@ -115,6 +119,44 @@ def _become_cpu() -> None:
     # Advice for GPUs, once per rank: seeds differ per mesh here (README), and gloo is not to be tuned.
     warnings.filterwarnings("ignore", message="DTensor (random operators|manual_seed)")
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+def multiplies_bf16() -> bool:
+    """Whether torch has bf16 matmuls for this CPU (oneDNN: x86 from AVX-512 on, or AMX)."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@functools.cache
+def _multiply_bf16_as_fp32() -> None:
+    """Gives bf16 matmuls to fp32's kernels: products are exact there, and sums are rounded once, at the end.
+
+    ATen's own, CPUBlas.cpp, gemm_notrans_, is a loop over scalars: up to 90 times slower than fp32.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators,  other operators")
+        for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"):
+            plain = torch.library.get_kernel(f"aten::{name}", "CPU")
+            by_fp32 = functools.partial(_multiply_by_fp32, plain)
+            _KERNELS.impl(name, by_fp32, "CPU", with_keyset=True)
+            if hasattr(getattr(torch.ops.aten, name), "out"):
+                plain_out = torch.library.get_kernel(f"aten::{name}.out", "CPU")
+                into = functools.partial(_multiply_by_fp32_into, by_fp32, plain_out)
+                _KERNELS.impl(f"{name}.out", into, "CPU", with_keyset=True)
+
+
+def _multiply_by_fp32(plain: Any, keys: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if args[0].dtype != torch.bfloat16:
+        return plain.call_boxed(keys, *args, **kwargs)
+    wide = [arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args]
+    return plain.call_boxed(keys, *wide, **kwargs).to(torch.bfloat16)
+
+
+def _multiply_by_fp32_into(
+    by_fp32: Any, plain_out: Any, keys: Any, *args: Any, out: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    if args[0].dtype != torch.bfloat16:
+        return plain_out.call_boxed(keys, *args, out=out, **kwargs)
+    return out.copy_(by_fp32(keys, *args, **kwargs))
 
 
 def _cpu_device_module() -> types.ModuleType:

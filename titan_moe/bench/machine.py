@@ -11,6 +11,7 @@ import torch
 
 import titan_moe
 from titan_moe.bench import clock
+from titan_moe.device import multiplies_bf16
 
 
 def describe(argv: Sequence[str]) -> dict[str, Any]:
@@ -20,6 +21,7 @@ def describe(argv: Sequence[str]) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if clock.DEVICE == "cuda" else None,
         "threads": torch.get_num_threads(),
+        "bf16_matmuls": clock.DEVICE == "cuda" or multiplies_bf16(),
         "load_before": os.getloadavg()[0],
         "torch": torch.__version__,
         "torchtitan": importlib.metadata.version("torchtitan"),
@@ -32,10 +34,11 @@ def describe(argv: Sequence[str]) -> dict[str, Any]:
 def line(about: dict[str, Any]) -> str:
     """In one."""
     gpu = f", {about['gpu']}" if about["gpu"] else ""
+    matmuls = "" if about["bf16_matmuls"] else ", bf16 matmuls by fp32"
     return (
         f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, load {about['load_before']:.1f}"
-        f"{gpu}; torch {about['torch']}, torchtitan {about['torchtitan']}, titan_moe {about['titan_moe']}; "
-        f"`{about['command']}`"
+        f"{gpu}{matmuls}; torch {about['torch']}, torchtitan {about['torchtitan']}, titan_moe "
+        f"{about['titan_moe']}; `{about['command']}`"
     )
 
 
