@@ -169,7 +169,7 @@ def _cells() -> Iterator[Cell]:
     yield from _pipeline_cells()
     for ac in ("none", "selective", "full"):
         yield Cell(tp=2, ep=2, compiled="inductor", dtype="bfloat16", ac=ac)
-    yield Cell(tp=2, ep=2, seq_len=127, compiled="aot_eager", dtype="bfloat16", dispatcher="deepep", **ci)
+    yield Cell(tp=2, ep=2, seq_len=127, compiled="aot_eager", dtype="bfloat16", dispatcher="deepep")
     yield Cell(ep=4, seq_len=127, compiled="aot_eager", dtype="bfloat16", ac="selective")
     for mesh in ({"tp": 2, "seq_len": 127}, {"cp": 2, "seq_len": 256}, {"pp": 2, "seq_len": 127}):
         yield Cell(model="qwen3_moe", ep=2, **mesh)

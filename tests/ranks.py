@@ -44,7 +44,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed._local_tensor import LocalIntNode, LocalTensor, LocalTensorMode
+from torch.distributed._local_tensor import LocalIntNode, LocalTensor, LocalTensorMode, _LocalDeviceMesh
 from torch.distributed._local_tensor._c10d import _local_functional_all_to_all_single
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -555,18 +555,29 @@ def _check_splits(x: LocalTensor, output_splits: list[Any], input_splits: list[A
 
 @contextlib.contextmanager
 def _local_tensor_gaps() -> Iterator[None]:
-    """Fills two holes of torch 2.13's LocalTensor that appear when ranks have different shapes.
+    """Fills three holes of torch 2.13's LocalTensor.
 
-    ``x[:, 0]`` asks a comparison of sizes whether it is statically known, which its constant does not answer
-    (python_variable_indexing.cpp); and DTensor hashes the strides of uneven shards, which a SymInt refuses.
+    Where ranks have different shapes, ``x[:, 0]`` asks a comparison of sizes whether it is statically known,
+    which its constant does not answer (python_variable_indexing.cpp), and DTensor hashes the strides of
+    uneven shards, which a SymInt refuses. A mesh's coordinates, which _StrictMode does not let it keep by
+    id(), are kept by what the mesh is, as torch 2.14 does: made anew each time they take most of a test.
     """
-    plain_hash = torch.SymInt.__hash__
+    plain_hash, plain_coordinate = torch.SymInt.__hash__, _LocalDeviceMesh.get_coordinate
+    coordinates: dict[Any, Any] = {}
 
     def hash_per_rank(size: torch.SymInt) -> int:
         node = size.node
         return hash(tuple(node._local_ints.items())) if isinstance(node, LocalIntNode) else plain_hash(size)
 
+    def coordinate_by_value(mesh: DeviceMesh) -> Any:
+        key = (mesh._layout, mesh._flatten_rank_map)
+        if key not in coordinates:
+            coordinates[key] = plain_coordinate(mesh)
+        return coordinates[key]
+
     with contextlib.ExitStack() as stack:
+        stack.callback(setattr, _LocalDeviceMesh, "get_coordinate", staticmethod(plain_coordinate))
+        _LocalDeviceMesh.get_coordinate = staticmethod(coordinate_by_value)  # type: ignore[method-assign]
         stack.callback(setattr, torch.SymInt, "__hash__", plain_hash)
         torch.SymInt.__hash__ = hash_per_rank  # type: ignore[method-assign]
         if not hasattr(torch._C._SymNode, "statically_known_true"):

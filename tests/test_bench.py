@@ -244,11 +244,13 @@ def test_least_bytes_by_hand() -> None:
 
 
 def test_targets_hold_or_not() -> None:
-    head, mean, worst, deepep = targets.table({"layer.mean": 1.3, "layer.worst": 0.99, "ep4.deepep": 1.0})
+    limits = {"layer.mean.limit": 1.5, "layer.worst.limit": 0.995}
+    found = {"layer.mean": 1.3, "layer.worst": 0.99, "ep4.deepep": 1.0} | limits
+    head, mean, worst, deepep = targets.table(found)
     assert head[0] == "target"
-    assert mean[1:] == [">= 1.3", "1.300", "pass"]
-    assert worst[1:] == [">= 1.0", "0.990", "FAIL"]
-    assert deepep[1:] == ["> 1.0", "1.000", "FAIL"]
+    assert mean[1:] == [">= 1.3", "1.300", "1.500", "pass"]
+    assert worst[1:] == [">= 1.0", "0.990", "0.995", "FAIL"], "also where the limit is below the bound"
+    assert deepep[1:] == ["> 1.0", "1.000", "", "FAIL"]
     bounds = [target for target in targets.TARGETS if (target.low is None) == (target.high is None)]
     assert not bounds, "a target has one bound"
 

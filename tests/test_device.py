@@ -324,8 +324,8 @@ class TestBf16Matmuls:
             call_boxed=lambda keys, *args, **kwargs: seen.append((args, kwargs))
         )
         a = torch.ones(2, 2, dtype=dtype)
-        device._multiply_by_fp32(plain, None, a, a, beta=2)
-        device._multiply_by_fp32_into(None, plain, None, a, a, out=a)
+        device._multiply(plain, None, a, a, beta=2)
+        device._multiply_into(None, plain, None, a, a, out=a)
         assert seen == [((a, a), {"beta": 2}), ((a, a), {"out": a})]
 
     def test_where_torch_has_them_they_stay(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,25 @@ def test_one_rank_without_any_mesh(shape: tuple[int, int], regime: str, save: Sa
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("save", SAVES)
+def test_compiled_layer_has_the_same_bits(save: Save) -> None:
+    """Whole under dynamo, forward and backward, and again for another length; meshes: tests/matrix.py."""
+    case = random_case(7, 3, 7, D, F, E, 3, shared=True, dtype=torch.bfloat16)
+    layer = build_layer(case, save=save)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for length in (7, 5):
+        found = []
+        for forward in (layer, compiled):
+            layer.zero_grad()
+            x_BLD = case.params["x_BLD"][:, :length].detach().clone().requires_grad_()
+            out_BLD = forward(x_BLD)
+            out_BLD.backward(case.grad_out_BLD[:, :length].contiguous())
+            gradients = {name: parameter.grad.clone() for name, parameter in parameters(layer).items()}  # type: ignore[union-attr]
+            found.append(gradients | {"out": out_BLD.detach(), "x": x_BLD.grad})
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0]), length
+    assert layer.tokens_per_expert_E.sum() == 2 * 3 * (7 + 5) * 3, "counted by both"
+
+
 class TestPlantedFaults:
     """The checks above, on upstream's bugs."""
 

@@ -239,7 +239,7 @@ HEALTHY: dict[str, tuple[int, int, tuple[str, ...]]] = {
 }
 
 
-SLOW = ("selective-ac", "full-ac", "ep4", "no-sp", "ep2-tp2-31", "hsdp", "tp4-ep4")
+SLOW = ("deepep", "selective-ac", "full-ac", "ep4", "no-sp", "ep2-tp2-31", "hsdp", "tp4-ep4")
 
 
 class TestHealthyPairs:
@@ -363,6 +363,7 @@ class TestCommand:
         said = capsys.readouterr().err
         assert re.search(r"titan_moe: seed failed with status .*training.stepz .* \(log: .*log.txt\)$", said)
 
+    @pytest.mark.slow
     def test_other_data(self, folder: Path) -> None:
         base = _run(folder, f"tp2-{SEQ_LEN}", 4, *TP2)
         with pytest.raises(CaptureError, match=r"8 sequences of 32 tokens a step, .* 8 of 31: other data"):

@@ -152,7 +152,7 @@ def assert_same_memory(planned: Measured, ran: Measured, tolerance: float = 0.01
 
 
 SLOW = [pytest.mark.slow]
-FAST = ("fsdp2-tp2-ep2", "hsdp2x2-ep2")
+FAST = ("fsdp2-tp2-ep2",)
 
 
 @pytest.mark.parametrize("mesh", [pytest.param(m, marks=[] if m in FAST else SLOW) for m in MESHES])

@@ -328,6 +328,7 @@ def send_along(ctx: RankContext) -> None:
         dist.send(one, ctx.rank + 1)
 
 
+@pytest.mark.slow
 def test_a_pipeline_leaves_nothing_to_the_next_body() -> None:
     """Its ranks' counts differ for good; what the next body adds to them is what counts."""
     with pytest.raises(RankError, match="different numbers of collectives"):

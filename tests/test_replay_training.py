@@ -84,7 +84,7 @@ REPLAYS: dict[str, tuple[int, int, str, tuple[str, ...]]] = {
     "one-rank": (1, 6, "full", ()),
     "tp2": (4, 3, "selective", TP2),
 }
-SLOW = ("tp2", "ep4", "deepep")
+SLOW = ("tp2", "ep4", "deepep", "one-rank")
 
 
 @pytest.mark.parametrize(

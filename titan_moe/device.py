@@ -123,40 +123,38 @@ def _become_cpu() -> None:
 
 def multiplies_bf16() -> bool:
     """Whether torch has bf16 matmuls for this CPU (oneDNN: x86 from AVX-512 on, or AMX)."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @functools.cache
 def _multiply_bf16_as_fp32() -> None:
     """Gives bf16 matmuls to fp32's kernels: products are exact there, and sums are rounded once, at the end.
 
-    ATen's own, CPUBlas.cpp, gemm_notrans_, is a loop over scalars: up to 90 times slower than fp32.
+    ATen's own, CPUBlas.cpp, gemm_notrans_, is a loop over scalars: a debug step took minutes.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators,  other operators")
-        for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"):
-            plain = torch.library.get_kernel(f"aten::{name}", "CPU")
-            by_fp32 = functools.partial(_multiply_by_fp32, plain)
-            _KERNELS.impl(name, by_fp32, "CPU", with_keyset=True)
-            if hasattr(getattr(torch.ops.aten, name), "out"):
-                plain_out = torch.library.get_kernel(f"aten::{name}.out", "CPU")
-                into = functools.partial(_multiply_by_fp32_into, by_fp32, plain_out)
-                _KERNELS.impl(f"{name}.out", into, "CPU", with_keyset=True)
+        for name in ("mm", "addmm", "bmm", "baddbmm"):  # _grouped_mm calls mm.out, expert by expert
+            plain, plain_out = (
+                torch.library.get_kernel(f"aten::{op}", "CPU") for op in (name, f"{name}.out")
+            )
+            _KERNELS.impl(name, functools.partial(_multiply, plain), "CPU", with_keyset=True)
+            into = functools.partial(_multiply_into, plain, plain_out)
+            _KERNELS.impl(f"{name}.out", into, "CPU", with_keyset=True)
 
 
-def _multiply_by_fp32(plain: Any, keys: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _multiply(plain: Any, keys: Any, *args: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     if args[0].dtype != torch.bfloat16:
         return plain.call_boxed(keys, *args, **kwargs)
-    wide = [arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args]
-    return plain.call_boxed(keys, *wide, **kwargs).to(torch.bfloat16)
+    return plain.call_boxed(keys, *(arg.float() for arg in args), **kwargs).to(torch.bfloat16)
 
 
-def _multiply_by_fp32_into(
-    by_fp32: Any, plain_out: Any, keys: Any, *args: Any, out: torch.Tensor, **kwargs: Any
+def _multiply_into(
+    plain: Any, plain_out: Any, keys: Any, *args: torch.Tensor, out: torch.Tensor, **kwargs: Any
 ) -> torch.Tensor:
     if args[0].dtype != torch.bfloat16:
         return plain_out.call_boxed(keys, *args, out=out, **kwargs)
-    return out.copy_(by_fp32(keys, *args, **kwargs))
+    return out.copy_(plain.call_boxed(keys, *(arg.float() for arg in args), **kwargs))
 
 
 def _cpu_device_module() -> types.ModuleType:

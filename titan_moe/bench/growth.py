@@ -51,7 +51,8 @@ def figures(found: Found) -> dict[str, float]:
     got: dict[str, float] = {}
     if set(LINEAR) <= found["T"].keys():
         few, many = map(int, LINEAR)
-        got["growth.tokens"] = _growth(found["T"], OURS, *LINEAR).median / (many / few)
+        for figure, name in (("growth.tokens", OURS), ("growth.tokens.limit", FLOOR)):
+            got[figure] = _growth(found["T"], name, *LINEAR).median / (many / few)
     if set(EXPERTS) <= found["E"].keys():
         ours, floor = (_growth(found["E"], name, *EXPERTS).median for name in (OURS, FLOOR))
         got["growth.experts"] = ours / floor
