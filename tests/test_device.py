@@ -292,6 +292,21 @@ for name, (op, args, kwargs) in cases.items():
         for of in (narrow, wide):
             out = torch.empty_like(op(*of, **kwargs))
             assert op.out(*of, **kwargs, out=out) is out and torch.equal(out, op(*of, **kwargs)), name
+narrow = a[0].bfloat16()
+for mixed in ((narrow, b[0]), (b[0], narrow), (narrow, torch.ones(48, 48, dtype=torch.int64))):
+    try:
+        torch.mm(*mixed)
+    except RuntimeError as error:
+        assert "dtype" in str(error), error
+    else:
+        raise AssertionError("a mix of dtypes went through")
+for out in (torch.empty(48, 48), torch.empty(0, dtype=torch.bfloat16)):
+    try:
+        torch.mm(narrow, narrow, out=out)
+    except RuntimeError as error:
+        assert out.dtype == torch.float32 and "dtype" in str(error), error
+    else:
+        assert torch.equal(out, narrow @ narrow)
 weight = b[0].bfloat16().requires_grad_()
 torch.nn.functional.linear(a.bfloat16(), weight).backward(c.bfloat16())
 exact = torch.einsum("blf,bld->fd", c.bfloat16().double(), a.bfloat16().double())

@@ -96,6 +96,7 @@ CASES: dict[str, tuple[tuple[int, ...], int, str]] = {
     "one_token": ((1, 1), 2, "any"),
     "one_token_per_rank": ((1, 4), 3, "any"),
     "masked_picks": ((2, 7), 3, "any or none"),
+    "masked_rank": ((2, 8), 2, "none on the last rank"),
 }
 
 
@@ -149,6 +150,7 @@ def problem(case: str, ep: int, group: int = 0) -> Problem:
     allowed_ids = {
         "any": torch.arange(E),
         "any or none": torch.arange(E),
+        "none on the last rank": torch.arange(E),
         "last rank's": torch.arange(E)[-E // max(EP_SIZES) :],
         "expert 5": torch.tensor([5]),
     }[allowed]
@@ -165,14 +167,17 @@ def problem(case: str, ep: int, group: int = 0) -> Problem:
         return ids_TK
 
     weights = {"w1_EFD": draw(E, F, D), "w2_EDF": draw(E, D, F), "w3_EFD": draw(E, F, D)}
+    x_TD, ids_TK = [4 * draw(n, D) for n in sizes], [choose(n) for n in sizes]
+    if allowed == "none on the last rank":
+        ids_TK[-1].fill_(-1)
     return Problem(
-        x_TD=[4 * draw(n, D) for n in sizes],
-        ids_TK=[choose(n) for n in sizes],
+        x_TD=x_TD,
+        ids_TK=ids_TK,
         scores_TK=[torch.rand(n, top_k, generator=generator, dtype=torch.float64) + 0.1 for n in sizes],
         grad_TD=[draw(n, D) for n in sizes],
         weights=[{name: w.chunk(ep)[rank] for name, w in weights.items()} for rank in range(ep)],
         places=[{"dim": D, **place} for place in places],
-        masked=allowed == "any or none",
+        masked="none" in allowed,
     )
 
 
@@ -359,6 +364,7 @@ def test_the_cases_are_what_they_say() -> None:
         assert tokens["empty_middle_rank"] == list(RAGGED[-ep:])
         assert (counts["all_experts"].sum(0) == 6).all()
         assert 0 < counts["masked_picks"].sum() < 3 * 14
+        assert counts["masked_rank"][-1].sum() == 0
         assert sum(tokens["no_tokens"]) == 0
         assert tokens["one_token"] == [1] + [0] * (ep - 1)
     assert [x.shape[0] for x in problem("empty_last_rank", 4).x_TD] == [4, 4, 2, 0]
@@ -435,7 +441,7 @@ def test_scores_gradient_stays_fp32(name: str, ep: int, mode: Mode, case: str) -
         gradient = outcome.scores_TK
         assert outcome.out_TD.dtype == outcome.x_TD.dtype == outcome.w1_EFD.dtype == torch.bfloat16
         assert gradient.dtype == torch.float32
-        assert gradient.numel() == 0 or not torch.equal(gradient, gradient.bfloat16().float())
+        assert not gradient.any() or not torch.equal(gradient, gradient.bfloat16().float())
 
 
 @on_served

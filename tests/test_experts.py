@@ -145,3 +145,14 @@ def test_an_overridden_matmul_is_called_and_has_the_same_bits(dtype: torch.dtype
             torch.testing.assert_close(found[name], base[name], rtol=1e-12, atol=1e-12)
     else:
         assert [name for name in base if not torch.equal(found[name], base[name])] == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_second_derivative_is_refused(dtype: torch.dtype) -> None:
+    """The kernels have none: a result without it would be wrong and look right."""
+    drawn = Drawn(COUNTS["some"], dtype)
+    leaf = drawn.x_TD.clone().requires_grad_()
+    out_RD = swiglu_experts(leaf[drawn.index_R], drawn.offsets_e, drawn.w1, drawn.w2, drawn.w3)
+    (gradient,) = torch.autograd.grad(out_RD, leaf, drawn.grad_RD.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()

@@ -139,6 +139,15 @@ class TestDtypes:
         assert torch.equal(routing.topk_scores_TK, scores_TE.gather(1, routing.topk_expert_ids_TK))
         assert not torch.equal(in_bf16.float(), logits_TE), "the data must tell fp32 from bf16"
 
+    def test_its_gradients_do_not_follow_autocast(self) -> None:
+        gradients = []
+        for autocast in (False, True):
+            x_TD = draw(T, D, dtype=torch.bfloat16).requires_grad_()
+            scores_TK = build(draw(E, D, seed=1, dtype=torch.bfloat16), top_k=3)(x_TD).topk_scores_TK
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                gradients += torch.autograd.grad(scores_TK.sum(), x_TD)
+        assert torch.equal(*gradients)
+
     @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
     def test_scores_are_fp32_or_wider(self, dtype: torch.dtype, autocast: bool) -> None:

@@ -1,7 +1,7 @@
 """torchtitan 0.3.0 on a machine without an accelerator: each gap filled once, here.
 
 ``import titan_moe`` calls ``fill_gaps`` before any torchtitan module loads. On CUDA the CPU part
-returns at its first line. Two more CPU facts live where their code is: FSDP's reduction
+is not called. Two more CPU facts live where their code is: FSDP's reduction
 (parallelize.py) and attention (models/attention.py).
 """
 
@@ -130,7 +130,8 @@ def multiplies_bf16() -> bool:
 def _multiply_bf16_as_fp32() -> None:
     """Gives bf16 matmuls to fp32's kernels: products are exact there, and sums are rounded once, at the end.
 
-    ATen's own, CPUBlas.cpp, gemm_notrans_, is a loop over scalars: a debug step took minutes.
+    ATen's own, CPUBlas.cpp, gemm_notrans_, is a loop over scalars: a debug step took minutes. Forms in place
+    (addmm_) stay as they are: no model here calls them.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators,  other operators")
@@ -144,7 +145,7 @@ def _multiply_bf16_as_fp32() -> None:
 
 
 def _multiply(plain: Any, keys: Any, *args: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    if args[0].dtype != torch.bfloat16:
+    if not _all_bf16(args):  # a mix is for ATen to refuse
         return plain.call_boxed(keys, *args, **kwargs)
     return plain.call_boxed(keys, *(arg.float() for arg in args), **kwargs).to(torch.bfloat16)
 
@@ -152,9 +153,16 @@ def _multiply(plain: Any, keys: Any, *args: torch.Tensor, **kwargs: Any) -> torc
 def _multiply_into(
     plain: Any, plain_out: Any, keys: Any, *args: torch.Tensor, out: torch.Tensor, **kwargs: Any
 ) -> torch.Tensor:
-    if args[0].dtype != torch.bfloat16:
+    if not _all_bf16((*args, out)):
         return plain_out.call_boxed(keys, *args, out=out, **kwargs)
-    return out.copy_(plain.call_boxed(keys, *(arg.float() for arg in args), **kwargs))
+    product = plain.call_boxed(keys, *(arg.float() for arg in args), **kwargs)
+    if out.shape != product.shape:
+        out.resize_(product.shape)
+    return out.copy_(product)
+
+
+def _all_bf16(tensors: Iterable[torch.Tensor]) -> bool:
+    return all(tensor.dtype == torch.bfloat16 for tensor in tensors)
 
 
 def _cpu_device_module() -> types.ModuleType:

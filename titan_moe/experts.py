@@ -6,6 +6,7 @@ The legend is in ``titan_moe/moe.py``.
 from typing import Any, Literal
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from titan_moe.dispatch.base import Source
 from titan_moe.kernels import ops as kernels
@@ -77,6 +78,7 @@ class _SwiGLU(torch.autograd.Function):
         return kernels.swiglu(gate_RF, up_RF)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return kernels.swiglu_backward(*grads, *ctx.saved_tensors)
 

@@ -88,8 +88,8 @@ class LoadBalancer:
     def report_traffic(self) -> dict[str, float]:
         """What the last step's forwards sent, summed over this stage's layers and all ranks. Host sync.
 
-        tokens: routed tokens, once per layer; ``*_rows_if_uniform``: what as many would send on average
-        if all choices of experts were alike.
+        tokens: those that count as load, once per layer; ``*_rows_if_uniform``: what as many would send on
+        average if all choices of experts were alike.
         """
         sums: dict[str, float] = {"tokens": 0, "dispatch_rows_if_uniform": 0, "combine_rows_if_uniform": 0}
         for fqn, load_E in self.last_load.items():

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
@@ -164,8 +165,10 @@ class _WideningLinear(torch.autograd.Function):
         return kernels.gate(x_TD, weight_ED)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernels.gate_backward(grads[0].contiguous(), *ctx.saved_tensors)
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return kernels.gate_backward(grads[0].contiguous(), *ctx.saved_tensors)
 
 
 def _biased(scores_TE: torch.Tensor, expert_bias_E: torch.Tensor | None) -> torch.Tensor:
@@ -194,7 +197,10 @@ def _top_k(scores_TE: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _keys(scores_TE: torch.Tensor) -> torch.Tensor:
-    """int64: the order of fp32 scores above, that of the ids, from behind, below. (-0 is less than 0.)"""
+    """int64: the order of fp32 scores above, that of the ids, from behind, below.
+
+    -0 is less than 0, and a NaN is beyond infinity on the side of its sign.
+    """
     bits_TE = scores_TE.view(torch.int32)
     # The bits of a positive float grow with it; those of a negative one shrink.
     bits_TE = torch.where(bits_TE < 0, bits_TE ^ 0x7FFFFFFF, bits_TE)

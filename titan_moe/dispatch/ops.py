@@ -7,6 +7,7 @@ bits each time. Sums run over the slots of a token in slot order, in fp32 (fp64 
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from titan_moe.dispatch.base import Source
 from titan_moe.kernels import ops as kernels
@@ -17,7 +18,7 @@ class Slots(NamedTuple):
 
     Attributes:
         order_N: int64, the slot behind each row.
-        place_TK: int64, the row of each slot; any number in range where the slot has no row.
+        place_TK: int64, the row of each slot; 0 where the slot has no row, also when no slot has one.
         present_TK: bool, which slots have a row; None when all do.
     """
 
@@ -106,6 +107,7 @@ class _GatherRows(torch.autograd.Function):
         return x_TD.index_select(0, Slots(*slots).token_N)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_ND,) = grads
         _, place_TK, present_TK = ctx.saved_tensors
@@ -120,6 +122,7 @@ class _SumRows(torch.autograd.Function):
         return kernels.sum_rows(y_ND, place_TK, present_TK)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_TD,) = grads
         return grad_TD.index_select(0, Slots(*ctx.saved_tensors).token_N), None, None, None
@@ -133,11 +136,13 @@ class _WeightedSum(torch.autograd.Function):
         return kernels.weighted_sum(y_ND, scores_TK, place_TK, present_TK)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_TD,) = grads
         y_ND, scores_TK, order_N, place_TK, present_TK = ctx.saved_tensors
         grad_y_ND, grad_score_N = kernels.weighted_sum_backward(grad_TD, y_ND, scores_TK, order_N)
-        grad_scores_TK = grad_score_N.index_select(0, place_TK.flatten()).view_as(scores_TK)
-        if present_TK is not None:
-            grad_scores_TK = torch.where(present_TK, grad_scores_TK, 0)
-        return grad_y_ND, grad_scores_TK.to(scores_TK.dtype), None, None, None
+        if present_TK is None:
+            grad_slots = grad_score_N.index_select(0, place_TK.flatten())
+        else:  # a slot without a row has no place to read from
+            grad_slots = grad_score_N.new_zeros(scores_TK.numel()).index_copy_(0, order_N, grad_score_N)
+        return grad_y_ND, grad_slots.view_as(scores_TK).to(scores_TK.dtype), None, None, None

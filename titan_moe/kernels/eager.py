@@ -20,6 +20,7 @@ def sum_rows(
     Where not present, the place counts as a row of zeros, whatever (NaN) stands there.
     """
     top_k = place_TK.shape[1]
+    y_ND = _with_a_row(y_ND, present_TK)
     acc = accumulation_dtype(y_ND.dtype) if top_k > 1 else y_ND.dtype
     sum_TD = _of_slot(y_ND, place_TK, present_TK, 0, acc)
     for k in range(1, top_k):
@@ -35,6 +36,7 @@ def weighted_sum(
 ) -> torch.Tensor:
     """``sum_rows`` of ``y[place[t, k]] * scores[t, k]``, both in acc, from a sum of 0."""
     acc = accumulation_dtype(y_ND.dtype)
+    y_ND = _with_a_row(y_ND, present_TK)
     sum_TD = y_ND.new_zeros((scores_TK.shape[0], y_ND.shape[1]), dtype=acc)
     for k, score_T in enumerate(scores_TK.to(acc).unbind(1)):
         sum_TD = sum_TD + _of_slot(y_ND, place_TK, present_TK, k, acc, score_T.unsqueeze(1))
@@ -87,6 +89,11 @@ def gate_backward(
     """Gradients of x, rounded to its dtype, and of w, in acc."""
     acc = accumulation_dtype(x_TD.dtype)
     return (grad_TE @ w_ED.to(acc)).to(x_TD.dtype), grad_TE.t() @ x_TD.to(acc)
+
+
+def _with_a_row(y_ND: torch.Tensor, present_TK: torch.Tensor | None) -> torch.Tensor:
+    """One row more where slots may be absent: their place is 0, and there may be no rows at all."""
+    return y_ND if present_TK is None else F.pad(y_ND, (0, 0, 0, 1))
 
 
 def _of_slot(

@@ -39,7 +39,7 @@ static inline bf16 store_bf16(float value) {
 static inline float load_f32(float value) { return value; }
 static inline float store_f32(float value) { return value; }
 
-/* exp(x) to about 1 ulp: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' expf). */
+/* exp(x) to about 1 ulp: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' expf). Infinite above 88.37. */
 static inline float exp_f32(float x) {
     x = x > -87.3f ? x : -87.3f; /* NaN as well: who calls multiplies by x again */
     x = x < 88.7f ? x : 88.7f;

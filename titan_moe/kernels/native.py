@@ -126,7 +126,8 @@ def gate_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See eager; summed over the blocks of rows in their order."""
     acc = eager.accumulation_dtype(x_TD.dtype)
-    grad_x_TD, grad_w_ED = torch.empty_like(x_TD), w_ED.new_zeros(w_ED.shape, dtype=acc)
+    grad_x_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    grad_w_ED = w_ED.new_zeros(w_ED.shape, dtype=acc)
     for grad_x, grad, x in zip(*map(_blocks, (grad_x_TD, grad_TE, x_TD)), strict=True):
         grad_x.copy_(grad @ w_ED.to(acc))
         grad_w_ED.addmm_(grad.t(), x.to(acc))
