@@ -78,7 +78,8 @@ class _SwiGLU(torch.autograd.Function):
         return kernels.swiglu(gate_RF, up_RF)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # its type loses the parameter's name
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return kernels.swiglu_backward(*grads, *ctx.saved_tensors)
 

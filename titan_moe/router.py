@@ -165,7 +165,8 @@ class _WideningLinear(torch.autograd.Function):
         return kernels.gate(x_TD, weight_ED)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # its type loses the parameter's name
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(grads[0].device.type, enabled=False):
             return kernels.gate_backward(grads[0].contiguous(), *ctx.saved_tensors)

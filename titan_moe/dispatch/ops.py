@@ -107,7 +107,8 @@ class _GatherRows(torch.autograd.Function):
         return x_TD.index_select(0, Slots(*slots).token_N)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # its type loses the parameter's name
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_ND,) = grads
         _, place_TK, present_TK = ctx.saved_tensors
@@ -122,7 +123,8 @@ class _SumRows(torch.autograd.Function):
         return kernels.sum_rows(y_ND, place_TK, present_TK)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # its type loses the parameter's name
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_TD,) = grads
         return grad_TD.index_select(0, Slots(*ctx.saved_tensors).token_N), None, None, None
@@ -136,7 +138,8 @@ class _WeightedSum(torch.autograd.Function):
         return kernels.weighted_sum(y_ND, scores_TK, place_TK, present_TK)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # its type loses the parameter's name
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_TD,) = grads
         y_ND, scores_TK, order_N, place_TK, present_TK = ctx.saved_tensors
