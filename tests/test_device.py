@@ -266,20 +266,20 @@ torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: False  # a CPU without AVX-
 import titan_moe
 torch.manual_seed(0)
 torch.set_num_threads(1)
-mm = torch.ops.aten
+aten = torch.ops.aten
 a, b, c = torch.randn(3, 5, 48, 48)
 offsets = torch.tensor([0, 1, 20, 48, 48], dtype=torch.int32)
 cases = {
-    "mm": (mm.mm, (a[0], b[0]), {}),
-    "mm of transposed": (mm.mm, (a[0].t(), b[0].t()), {}),
-    "mm of no rows": (mm.mm, (a[0][:0], b[0]), {}),
-    "mm over no columns": (mm.mm, (a[0][:, :0], b[0][:0]), {}),
-    "addmm": (mm.addmm, (c[0], a[0], b[0]), {"beta": 2, "alpha": 3}),
-    "addmm of a bias": (mm.addmm, (c[0, 0], a[0], b[0]), {}),
-    "bmm": (mm.bmm, (a, b), {}),
-    "baddbmm": (mm.baddbmm, (c, a, b), {"alpha": 3}),
-    "grouped": (mm._grouped_mm, (a[0], b, offsets), {}),
-    "grouped over rows": (mm._grouped_mm, (a[0].t(), b[0], offsets), {}),
+    "mm": (aten.mm, (a[0], b[0]), {}),
+    "mm of transposed": (aten.mm, (a[0].t(), b[0].t()), {}),
+    "mm of no rows": (aten.mm, (a[0][:0], b[0]), {}),
+    "mm over no columns": (aten.mm, (a[0][:, :0], b[0][:0]), {}),
+    "addmm": (aten.addmm, (c[0], a[0], b[0]), {"beta": 2, "alpha": 3}),
+    "addmm of a bias": (aten.addmm, (c[0, 0], a[0], b[0]), {}),
+    "bmm": (aten.bmm, (a, b), {}),
+    "baddbmm": (aten.baddbmm, (c, a, b), {"alpha": 3}),
+    "grouped": (aten._grouped_mm, (a[0], b, offsets), {}),
+    "grouped over rows": (aten._grouped_mm, (a[0].t(), b[0], offsets), {}),
 }
 for name, (op, args, kwargs) in cases.items():
     narrow = [arg.bfloat16() if arg.is_floating_point() else arg for arg in args]
@@ -288,7 +288,7 @@ for name, (op, args, kwargs) in cases.items():
     assert expected.dtype == torch.float32
     got = op(*narrow, **kwargs)
     assert got.dtype == torch.bfloat16 and torch.equal(got, expected.bfloat16()), name
-    if op is not mm._grouped_mm:
+    if op is not aten._grouped_mm:
         for of in (narrow, wide):
             out = torch.empty_like(op(*of, **kwargs))
             assert op.out(*of, **kwargs, out=out) is out and torch.equal(out, op(*of, **kwargs)), name
