@@ -158,9 +158,9 @@ def test_turns_are_taken_and_warmup_is_apart(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(interleave.clock, "seconds", seconds)
     found = interleave.interleaved({"A": Named("A"), "B": Named("B")}, repeats=2, warmup=1)
-    assert "".join(said).replace(".", "") == "ABABAB"
-    assert "".join(said) == ".A..B." * 3
-    assert found == {"A": [2, 4], "B": [3, 5]}
+    assert "".join(said).replace(".", "") == "BAABBA"
+    assert "".join(said) == ".B..A." + ".A..B." + ".B..A."
+    assert found == {"A": [2, 5], "B": [3, 4]}
 
 
 def test_ratios_are_of_neighbours() -> None:

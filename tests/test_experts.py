@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from titan_moe import experts
 from titan_moe.dispatch.base import Source
-from titan_moe.experts import Save, swiglu_experts
+from titan_moe.experts import Save, grouped_mm, swiglu_experts
 from titan_moe.moe import GroupedExperts
 
 D, F = 16, 24
@@ -21,16 +22,16 @@ NAMES = ("x", "w1", "w2", "w3")
 class Drawn:
     """Tokens, which rows are gathered from them, and weights."""
 
-    def __init__(self, counts: list[int], dtype: torch.dtype) -> None:
+    def __init__(self, counts: list[int], dtype: torch.dtype, dim: int = D) -> None:
         torch.manual_seed(3)
-        rows, experts = sum(counts), len(counts)
+        rows, num_experts = sum(counts), len(counts)
         self.offsets_e = torch.tensor(counts).cumsum(0, dtype=torch.int32)
         self.counts = counts
-        self.x_TD = torch.randn(7, D, dtype=dtype)
+        self.x_TD = torch.randn(7, dim, dtype=dtype)
         self.index_R = torch.randint(0, 7, (rows,))
-        self.w1, self.w3 = torch.randn(2, experts, F, D, dtype=dtype) / 4
-        self.w2 = torch.randn(experts, D, F, dtype=dtype) / 4
-        self.grad_RD = torch.randn(rows, D, dtype=dtype)
+        self.w1, self.w3 = torch.randn(2, num_experts, F, dim, dtype=dtype) / 4
+        self.w2 = torch.randn(num_experts, dim, F, dtype=dtype) / 4
+        self.grad_RD = torch.randn(rows, dim, dtype=dtype)
 
     def gradients(self, compute: Callable[..., Tensor], frozen: str = "") -> dict[str, Tensor | None]:
         """``compute(x_TD, x_RD, w1, w2, w3)``: its value, and its gradients by name."""
@@ -82,6 +83,28 @@ def test_every_way_of_saving_has_the_same_bits(counts: list[int], dtype: torch.d
         for gathered in (True, False):
             found = drawn.ours(save, gathered)
             assert [name for name in base if not torch.equal(found[name], base[name])] == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "parts"), [(48, [32, 16]), (64, [32, 32])])
+def test_wide_rows_have_the_same_bits(
+    dim: int, parts: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their gradient comes by halves of the columns."""
+    widths: list[int] = []
+
+    def noting(x: Tensor, w: Tensor, offsets_e: Tensor) -> Tensor:
+        widths.append(w.shape[-1])
+        return grouped_mm(x, w, offsets_e)
+
+    monkeypatch.setattr(experts, "grouped_mm", noting)
+    drawn = Drawn(COUNTS["some"], dtype, dim)
+    whole = drawn.ours("all", gathered=True)
+    assert widths[-2:] == [dim, dim]
+    monkeypatch.setattr(experts, "WIDE", dim)
+    halves = drawn.ours("all", gathered=True)
+    assert widths[-3:] == [dim, *parts]
+    assert [name for name in whole if not torch.equal(halves[name], whole[name])] == []
 
 
 @pytest.mark.parametrize("save", SAVES)

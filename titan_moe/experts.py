@@ -12,6 +12,7 @@ from titan_moe.dispatch.base import Source
 from titan_moe.kernels import ops as kernels
 
 Save = Literal["all", "inputs"]
+WIDE = 1024  # D, from which on the experts' backward works by halves of it
 
 
 def swiglu_experts(
@@ -177,9 +178,16 @@ def _grad_of_rows(
     """``(R, D)``: gate's part plus up's, each rounded, and the sum. Empties the list on its way."""
     grad_x_RD = grouped_mm(grads_RF.pop(0), w1_eFD, offsets_e)
     grad_up_RF = grads_RF.pop()
-    # By halves of the columns: the second part never stands there whole.
-    half = -(-grad_x_RD.shape[1] // 32) * 16  # rows of a grouped matmul begin at multiples of 16 bytes
-    for columns in (slice(0, half), slice(half, None)):
-        if (part_RD := grad_x_RD[:, columns]).shape[1]:
-            part_RD += grouped_mm(grad_up_RF, w3_eFD[..., columns], offsets_e)
+    for columns in _columns_of_parts(grad_x_RD.shape[1]):
+        part_RD = grad_x_RD[:, columns]
+        part_RD += grouped_mm(grad_up_RF, w3_eFD[..., columns], offsets_e)
     return grad_x_RD
+
+
+def _columns_of_parts(dim: int) -> tuple[slice, ...]:
+    """Halves of wide rows, so that the second part never stands there whole; narrow ones save a matmul.
+
+    By D, which every rank has in common, not by R, which a compiler or a simulated rank may not know.
+    """
+    half = -(-dim // 32) * 16  # rows of a grouped matmul begin at multiples of 16 bytes
+    return (slice(0, half), slice(half, None)) if dim >= WIDE else (slice(None),)

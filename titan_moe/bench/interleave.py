@@ -1,4 +1,4 @@
-"""Contestants timed in turn, A B A B ..., so that they share the machine's moods; medians and quartiles."""
+"""Contestants timed in turn, A B B A ..., so that they share the machine's moods; medians and quartiles."""
 
 import math
 import statistics
@@ -37,13 +37,16 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each run, by name; the i-th of all contestants ran one after the other.
 
+    Every second round is in reverse: who comes later finds more in the caches, oneDNN's of kernels too.
+
     Args:
         warmup: rounds before those that count.
         over_ranks: all ranks start together, and the slowest one's time is the time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    turns = list(contestants.items())
     for number in range(-warmup, repeats):
-        for name, contestant in contestants.items():
+        for name, contestant in turns if number % 2 == 0 else reversed(turns):
             contestant.clear()
             if over_ranks:
                 clock.barrier()
