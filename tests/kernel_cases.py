@@ -68,15 +68,21 @@ def inputs(dtype: torch.dtype, shape: tuple[int, int, int], device: str) -> Simp
 
 
 def sum_rows(kernels: Any, device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> str:
-    """Equal to eager, all present and some absent."""
+    """Equal to eager, all present and some absent, of one matrix and of two."""
     given = inputs(dtype, shape, device)
-    whole = (given.y_ND, given.place_TK, None)
-    some = (given.hollow_ND, given.place_TK, given.present_TK)
-    # All of a token's rows -0: so is their sum.
-    minus = (torch.full_like(given.y_ND, -0.0), given.place_TK, given.present_TK)
+    hollow, place, present = given.hollow_ND, given.place_TK, given.present_TK
+    minus = torch.full_like(given.y_ND, -0.0)  # all of a token's rows: so is their sum
+    cases = {
+        "whole": (given.y_ND, place),
+        "some": (hollow, place, present),
+        "two": (given.y_ND, place, None, given.up_ND),
+        "some of two": (hollow, place, present, given.up_ND),
+        "-0": (minus, place, present),
+        "-0, whole": (minus, place),
+        "-0 of two": (minus, place, None, minus),
+    }
     return "".join(
-        difference(kernels.sum_rows(*args), eager.sum_rows(*args), what)
-        for what, args in (("whole", whole), ("some", some), ("-0", minus), ("-0, whole", (*minus[:2], None)))
+        difference(kernels.sum_rows(*args), eager.sum_rows(*args), what) for what, args in cases.items()
     )
 
 
@@ -188,7 +194,7 @@ def fp64(kernels: Any, device: str) -> str:
 
 def _call(kernels: Any, name: str, of: SimpleNamespace) -> tuple[torch.Tensor, ...]:
     args = {
-        "sum_rows": ("hollow_ND", "place_TK", "present_TK"),
+        "sum_rows": ("hollow_ND", "place_TK", "present_TK", "up_ND"),
         "weighted_sum": ("hollow_ND", "scores_TK", "place_TK", "present_TK"),
         "weighted_sum_backward": ("grad_TD", "y_ND", "scores_TK", "order_N"),
         "swiglu": ("gate_ND", "up_ND"),
@@ -227,12 +233,22 @@ def _fused(y_ND: Any, scores_TK: Any, place_TK: Any, present_TK: Any = None) -> 
     return total_TD.to(y_ND.dtype)
 
 
-def _rounded_per_slot(y_ND: Any, place_TK: Any, present_TK: Any = None) -> torch.Tensor:
+def _rounded_per_slot(y_ND: Any, place_TK: Any, present_TK: Any = None, also_ND: Any = None) -> torch.Tensor:
     parts = [
-        eager.sum_rows(y_ND, place_TK[:, k : k + 1], None if present_TK is None else present_TK[:, k : k + 1])
+        eager.sum_rows(
+            y_ND,
+            place_TK[:, k : k + 1],
+            None if present_TK is None else present_TK[:, k : k + 1],
+            also_ND,
+        )
         for k in range(place_TK.shape[1])
     ]
     return sum(parts[1:], parts[0])
+
+
+def _sums_not_rounded(y_ND: Any, place_TK: Any, present_TK: Any = None, also_ND: Any = None) -> torch.Tensor:
+    also_ND = None if also_ND is None else also_ND.float()
+    return eager.sum_rows(y_ND.float(), place_TK, present_TK, also_ND).to(y_ND.dtype)
 
 
 def _cut_off(y_ND: Any, *args: Any) -> torch.Tensor:
@@ -250,7 +266,7 @@ def by_halves(grad_TD: Any, y_ND: Any, scores_TK: Any, order_N: Any) -> tuple[to
 
 _backward = eager.weighted_sum_backward
 FAULTS = {
-    "present ignored": ("sum_rows", "bf16", lambda y, place, present=None: eager.sum_rows(y, place)),
+    "present ignored": ("sum_rows", "bf16", lambda y, p, q=None, also=None: eager.sum_rows(y, p, None, also)),
     "present ignored, weighted": (
         "weighted_sum",
         "bf16",
@@ -264,11 +280,13 @@ FAULTS = {
     "another order of slots": (
         "sum_rows",
         "fp32",
-        lambda y, p, q=None: eager.sum_rows(y, p.flip(1), None if q is None else q.flip(1)),
+        lambda y, p, q=None, also=None: eager.sum_rows(y, p.flip(1), None if q is None else q.flip(1), also),
     ),
     "starts at +0": ("sum_rows", "fp32", lambda *args: eager.sum_rows(*args) + 0.0),
     "fused": ("weighted_sum", "fp32", _fused),
     "rounded per slot": ("sum_rows", "bf16", _rounded_per_slot),
+    "sums of two not rounded": ("sum_rows", "bf16", _sums_not_rounded),
+    "only one of two": ("sum_rows", "bf16", lambda y, p, q=None, also=None: eager.sum_rows(y, p, q)),
     "cut off": ("weighted_sum", "bf16", _cut_off),
     "scores of the wrong token": (
         "weighted_sum_backward",

@@ -92,20 +92,20 @@ def costs(run: LayerRun) -> dict[str, int]:
 # At most, by layer. Bytes of a forward and backward of SHAPE; stock's beside them are for the reader.
 LIMITS: dict[str, dict[str, int]] = {
     "ours": {
-        "kernels": 52,
+        "kernels": 51,
         "matmuls": 9,
         "copies": 2,
         "waits": 0,
-        "kB moved": 1551,
+        "kB moved": 1420,
         "kB saved": 225,
         "kB allocated": 2314,
     },
     "save inputs": {
-        "kernels": 55,
+        "kernels": 54,
         "matmuls": 11,
         "copies": 2,
         "waits": 0,
-        "kB moved": 1649,
+        "kB moved": 1518,
         "kB saved": 127,
         "kB allocated": 2560,
     },
@@ -137,10 +137,10 @@ def test_stock_costs_more(problem: Problem) -> None:
 @pytest.mark.parametrize(
     ("fault", "dearer"),
     [
-        (lambda x_RD: x_RD.clone(), {"kernels", "copies", "kB moved", "kB allocated"}),
-        (lambda x_RD: x_RD.float().bfloat16(), {"kernels", "copies", "kB moved", "kB allocated"}),
-        (lambda x_RD: x_RD * x_RD.detach().ne(0), {"kernels", "kB moved", "kB saved"}),
-        (lambda x_RD: x_RD[: int(x_RD.isfinite().all()) * x_RD.shape[0]], {"waits"}),
+        (lambda y_RD: y_RD.clone(), {"kernels", "copies", "kB moved", "kB allocated"}),
+        (lambda y_RD: y_RD.float().bfloat16(), {"kernels", "copies", "kB moved", "kB allocated"}),
+        (lambda y_RD: y_RD * y_RD.detach().ne(0), {"kernels", "kB moved", "kB saved"}),
+        (lambda y_RD: y_RD[: int(y_RD.isfinite().all()) * y_RD.shape[0]], {"waits"}),
     ],
     ids=["a copy", "a cast", "a product", "a wait"],
 )
@@ -148,7 +148,7 @@ def test_a_planted_cost_is_seen(problem: Problem, fault: Any, dearer: set[str]) 
     run = problem.run(LAYERS["ours"])
     experts: Any = run.layer.routed_experts.inner_experts  # type: ignore[union-attr]
     forward = experts.forward
-    experts.forward = lambda x_RD, *args: forward(fault(x_RD), *args)
+    experts.forward = lambda *args: fault(forward(*args))
     assert over(LIMITS["ours"], costs(run)).keys() >= dearer & COUNTED
 
 
@@ -159,7 +159,7 @@ def costs_on_a_rank(ctx: RankContext, name: str) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("name", "kernels", "copies"),
-    [("all_to_all", 78, 5), ("deepep per_rank", 137, 12), ("deepep per_slot", 124, 10)],
+    [("all_to_all", 78, 5), ("deepep per_rank", 135, 12), ("deepep per_slot", 124, 10)],
 )
 def test_one_wait_per_forward_over_ranks(name: str, kernels: int, copies: int) -> None:
     """The splits of an all-to-all are host numbers: one read of them, and no other."""

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from titan_moe import experts
-from titan_moe.dispatch.base import Source
-from titan_moe.experts import Save, grouped_mm, swiglu_experts
+from titan_moe.dispatch.ops import Slots, gather_rows
+from titan_moe.experts import Save, swiglu_experts
 from titan_moe.moe import GroupedExperts
 
-D, F = 16, 24
+D, F, T, K = 16, 24, 7, 2
 COUNTS = {"some": [3, 0, 5, 1], "one": [0, 9, 0, 0], "none": [0, 0, 0, 0]}
 SAVES: tuple[Save, Save] = ("all", "inputs")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -22,16 +21,20 @@ NAMES = ("x", "w1", "w2", "w3")
 class Drawn:
     """Tokens, which rows are gathered from them, and weights."""
 
-    def __init__(self, counts: list[int], dtype: torch.dtype, dim: int = D) -> None:
+    def __init__(self, counts: list[int], dtype: torch.dtype) -> None:
         torch.manual_seed(3)
         rows, num_experts = sum(counts), len(counts)
         self.offsets_e = torch.tensor(counts).cumsum(0, dtype=torch.int32)
         self.counts = counts
-        self.x_TD = torch.randn(7, dim, dtype=dtype)
-        self.index_R = torch.randint(0, 7, (rows,))
-        self.w1, self.w3 = torch.randn(2, num_experts, F, dim, dtype=dtype) / 4
-        self.w2 = torch.randn(num_experts, dim, F, dtype=dtype) / 4
-        self.grad_RD = torch.randn(rows, dim, dtype=dtype)
+        self.x_TD = torch.randn(T, D, dtype=dtype)
+        order_R = torch.randperm(T * K)[:rows]
+        present_N = torch.zeros(T * K, dtype=torch.bool).index_fill_(0, order_R, True)
+        place_N = torch.zeros(T * K, dtype=torch.int64).index_copy_(0, order_R, torch.arange(rows))
+        self.slots = Slots(order_R, place_N.view(T, K), present_N.view(T, K))
+        self.index_R = order_R // K
+        self.w1, self.w3 = torch.randn(2, num_experts, F, D, dtype=dtype) / 4
+        self.w2 = torch.randn(num_experts, D, F, dtype=dtype) / 4
+        self.grad_RD = torch.randn(rows, D, dtype=dtype)
 
     def gradients(self, compute: Callable[..., Tensor], frozen: str = "") -> dict[str, Tensor | None]:
         """``compute(x_TD, x_RD, w1, w2, w3)``: its value, and its gradients by name."""
@@ -45,8 +48,9 @@ class Drawn:
         return {"out": out_RD.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
 
     def ours(self, save: Save, gathered: bool, frozen: str = "") -> dict[str, Tensor | None]:
-        def compute(x_TD: Tensor, x_RD: Tensor, *weights: Tensor) -> Tensor:
-            source = Source(x_TD, self.index_R) if gathered else None
+        def compute(x_TD: Tensor, _: Tensor, *weights: Tensor) -> Tensor:
+            source = self.slots.source(x_TD) if gathered else None
+            x_RD = gather_rows(x_TD, self.slots)
             return swiglu_experts(x_RD, self.offsets_e, *weights, source=source, save=save)
 
         return self.gradients(compute, frozen)
@@ -85,28 +89,6 @@ def test_every_way_of_saving_has_the_same_bits(counts: list[int], dtype: torch.d
             assert [name for name in base if not torch.equal(found[name], base[name])] == []
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("dim", "parts"), [(48, [32, 16]), (64, [32, 32])])
-def test_wide_rows_have_the_same_bits(
-    dim: int, parts: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their gradient comes by halves of the columns."""
-    widths: list[int] = []
-
-    def noting(x: Tensor, w: Tensor, offsets_e: Tensor) -> Tensor:
-        widths.append(w.shape[-1])
-        return grouped_mm(x, w, offsets_e)
-
-    monkeypatch.setattr(experts, "grouped_mm", noting)
-    drawn = Drawn(COUNTS["some"], dtype, dim)
-    whole = drawn.ours("all", gathered=True)
-    assert widths[-2:] == [dim, dim]
-    monkeypatch.setattr(experts, "WIDE", dim)
-    halves = drawn.ours("all", gathered=True)
-    assert widths[-3:] == [dim, *parts]
-    assert [name for name in whole if not torch.equal(halves[name], whole[name])] == []
-
-
 @pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("frozen", NAMES)
 def test_what_is_frozen_gets_none_and_changes_nothing_else(frozen: str, save: Save) -> None:
@@ -134,7 +116,7 @@ def test_compiles_whole(save: Save) -> None:
     compiled = torch.compile(swiglu_experts, backend="aot_eager", fullgraph=True)
 
     def compute(x_TD: Tensor, x_RD: Tensor, *weights: Tensor) -> Tensor:
-        return compiled(x_RD, drawn.offsets_e, *weights, source=Source(x_TD, drawn.index_R), save=save)
+        return compiled(x_RD, drawn.offsets_e, *weights, source=drawn.slots.source(x_TD), save=save)
 
     found, base = drawn.gradients(compute), drawn.ours(save, True)
     assert [name for name in base if not torch.equal(found[name], base[name])] == []

@@ -99,7 +99,7 @@ def compiled(tmp_path_factory):
     from titan_moe.kernels import gpu
 
     bf16, fp32, ints = "*bf16", "*fp32", {"place": "*i64", "order": "*i64", "D": "i32"}
-    forward = {"out": bf16, "y": bf16, "scores": fp32, "present": "*i1", **ints}
+    forward = {"out": bf16, "y": bf16, "also": bf16, "scores": fp32, "present": "*i1", **ints}
     backward = {"grad_y": bf16, "grad_score": fp32, "grad": bf16, "y": bf16, "scores": fp32, **ints}
     kernels = ((gpu.sum_kernel, forward), (gpu.weighted_sum_backward_kernel, backward))
     constants = {"K": 2, "BLOCK": gpu.BLOCK}

@@ -12,7 +12,6 @@ from titan_moe.dispatch.base import Source
 from titan_moe.kernels import ops as kernels
 
 Save = Literal["all", "inputs"]
-WIDE = 1024  # D, from which on the experts' backward works by halves of it
 
 
 def swiglu_experts(
@@ -28,15 +27,18 @@ def swiglu_experts(
 
     Args:
         offsets_e: int32: the row behind each expert's last.
-        source: what x_RD was gathered from: kept in its place and gathered again in backward.
+        source: what x_RD was gathered from: kept in its place, gathered again in backward, and given the
+            gradient that would be x_RD's.
         save: what else is kept. all: what the matmuls and the activation made. inputs: nothing; two of the
             nine matmuls run again.
     """
-    weights = (w1_eFD, w2_eDF, w3_eFD)
+    origin = (None,) * len(Source._fields) if source is None else source
+    if source is not None:
+        x_RD = x_RD.detach()
     if save == "inputs":
-        return _FromInputs.apply(x_RD, offsets_e, *weights, *(source or (None, None)))
+        return _FromInputs.apply(x_RD, offsets_e, w1_eFD, w2_eDF, w3_eFD, *origin)
     # One node each, because autograd frees what a node saved as soon as the node is done.
-    gate_RF, up_RF = _GateAndUp.apply(x_RD, offsets_e, w1_eFD, w3_eFD, *(source or (None, None)))
+    gate_RF, up_RF = _GateAndUp.apply(x_RD, offsets_e, w1_eFD, w3_eFD, *origin)
     return grouped_mm(swiglu(gate_RF, up_RF), w2_eDF.transpose(-2, -1), offsets_e)
 
 
@@ -95,22 +97,24 @@ class _GateAndUp(torch.autograd.Function):
         offsets_e: torch.Tensor,
         w1_eFD: torch.Tensor,
         w3_eFD: torch.Tensor,
-        *source: torch.Tensor | None,
+        *origin: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(offsets_e, w1_eFD, w3_eFD, *_kept(x_RD, source))
+        ctx.save_for_backward(offsets_e, w1_eFD, w3_eFD, *_kept(x_RD, origin))
         return _gate_and_up(x_RD, w1_eFD, w3_eFD, offsets_e)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         grads_RF = _unboxed(grads)
         offsets_e, w1_eFD, w3_eFD, *kept = ctx.saved_tensors
-        wants_x, _, wants_w1, wants_w3, *_ = ctx.needs_input_grad
-        x_RD = _again(*kept)
-        grad_w1 = _outer_products(grads_RF[0], x_RD, offsets_e) if wants_w1 else None
-        grad_w3 = _outer_products(grads_RF[1], x_RD, offsets_e) if wants_w3 else None
-        del x_RD
-        grad_x_RD = _grad_of_rows(grads_RF, w1_eFD, w3_eFD, offsets_e) if wants_x else None
-        return grad_x_RD, None, grad_w1, grad_w3, None, None
+        wants_x, _, wants_w1, wants_w3, wants_rows, *_ = ctx.needs_input_grad
+        # First, because the weights' gradients stay.
+        wanted = wants_x or wants_rows
+        grad_x = _grad_of_rows(grads_RF, w1_eFD, w3_eFD, offsets_e, *kept[2:]) if wanted else None
+        x_RD = _again(*kept[:2])
+        grad_w1 = _outer_products(grads_RF.pop(0), x_RD, offsets_e) if wants_w1 else None
+        grad_w3 = _outer_products(grads_RF.pop(), x_RD, offsets_e) if wants_w3 else None
+        to_x, to_rows = (grad_x, None) if wants_x else (None, grad_x)
+        return to_x, None, grad_w1, grad_w3, to_rows, None, None, None
 
 
 class _FromInputs(torch.autograd.Function):
@@ -124,9 +128,9 @@ class _FromInputs(torch.autograd.Function):
         w1_eFD: torch.Tensor,
         w2_eDF: torch.Tensor,
         w3_eFD: torch.Tensor,
-        *source: torch.Tensor | None,
+        *origin: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(offsets_e, w1_eFD, w2_eDF, w3_eFD, *_kept(x_RD, source))
+        ctx.save_for_backward(offsets_e, w1_eFD, w2_eDF, w3_eFD, *_kept(x_RD, origin))
         h_RF = kernels.swiglu(*_gate_and_up(x_RD, w1_eFD, w3_eFD, offsets_e))
         return grouped_mm(h_RF, w2_eDF.transpose(-2, -1), offsets_e)
 
@@ -134,8 +138,8 @@ class _FromInputs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         grads_RD = _unboxed(grads)
         offsets_e, w1_eFD, w2_eDF, w3_eFD, *kept = ctx.saved_tensors
-        wants_x, _, wants_w1, wants_w2, wants_w3, *_ = ctx.needs_input_grad
-        x_RD = _again(*kept)
+        wants_x, _, wants_w1, wants_w2, wants_w3, wants_rows, *_ = ctx.needs_input_grad
+        x_RD = _again(*kept[:2])
         gate_RF, up_RF = _gate_and_up(x_RD, w1_eFD, w3_eFD, offsets_e)
         grad_RD = grads_RD.pop().contiguous()
         grad_h_RF = grouped_mm(grad_RD, w2_eDF, offsets_e)
@@ -143,11 +147,12 @@ class _FromInputs(torch.autograd.Function):
         del grad_RD
         grads_RF = list(kernels.swiglu_backward(grad_h_RF, gate_RF, up_RF))
         del grad_h_RF, gate_RF, up_RF
-        grad_w1 = _outer_products(grads_RF[0], x_RD, offsets_e) if wants_w1 else None
-        grad_w3 = _outer_products(grads_RF[1], x_RD, offsets_e) if wants_w3 else None
-        del x_RD
-        grad_x_RD = _grad_of_rows(grads_RF, w1_eFD, w3_eFD, offsets_e) if wants_x else None
-        return grad_x_RD, None, grad_w1, grad_w2, grad_w3, None, None
+        wanted = wants_x or wants_rows
+        grad_x = _grad_of_rows(grads_RF, w1_eFD, w3_eFD, offsets_e, *kept[2:]) if wanted else None
+        grad_w1 = _outer_products(grads_RF.pop(0), x_RD, offsets_e) if wants_w1 else None
+        grad_w3 = _outer_products(grads_RF.pop(), x_RD, offsets_e) if wants_w3 else None
+        to_x, to_rows = (grad_x, None) if wants_x else (None, grad_x)
+        return to_x, None, grad_w1, grad_w2, grad_w3, to_rows, None, None, None
 
 
 def _unboxed(grads: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -155,8 +160,9 @@ def _unboxed(grads: tuple[Any, ...]) -> list[torch.Tensor]:
     return grads[0] if isinstance(grads[0], list) else list(grads)
 
 
-def _kept(x_RD: torch.Tensor, source: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-    return (x_RD, None) if source[0] is None else source
+def _kept(x_RD: torch.Tensor, origin: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    """Source's fields; the rows themselves where they came from nowhere."""
+    return origin if origin[0] is not None else (x_RD, None, None, None)
 
 
 def _again(rows_XD: torch.Tensor, index_R: torch.Tensor | None) -> torch.Tensor:
@@ -173,21 +179,16 @@ def _gate_and_up(
 
 
 def _grad_of_rows(
-    grads_RF: list[torch.Tensor], w1_eFD: torch.Tensor, w3_eFD: torch.Tensor, offsets_e: torch.Tensor
+    grads_RF: list[torch.Tensor],
+    w1_eFD: torch.Tensor,
+    w3_eFD: torch.Tensor,
+    offsets_e: torch.Tensor,
+    place_TK: torch.Tensor | None,
+    present_TK: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``(R, D)``: gate's part plus up's, each rounded, and the sum. Empties the list on its way."""
-    grad_x_RD = grouped_mm(grads_RF.pop(0), w1_eFD, offsets_e)
-    grad_up_RF = grads_RF.pop()
-    for columns in _columns_of_parts(grad_x_RD.shape[1]):
-        part_RD = grad_x_RD[:, columns]
-        part_RD += grouped_mm(grad_up_RF, w3_eFD[..., columns], offsets_e)
-    return grad_x_RD
-
-
-def _columns_of_parts(dim: int) -> tuple[slice, ...]:
-    """Halves of wide rows, so that the second part never stands there whole; narrow ones save a matmul.
-
-    By D, which every rank has in common, not by R, which a compiler or a simulated rank may not know.
-    """
-    half = -(-dim // 32) * 16  # rows of a grouped matmul begin at multiples of 16 bytes
-    return (slice(0, half), slice(half, None)) if dim >= WIDE else (slice(None),)
+    """``(R, D)``: gate's part plus up's, each rounded, and the sum. With places ``(T, D)``: each token's."""
+    gate_RD = grouped_mm(grads_RF[0], w1_eFD, offsets_e)
+    up_RD = grouped_mm(grads_RF[1], w3_eFD, offsets_e)
+    if place_TK is None:
+        return gate_RD.add_(up_RD)
+    return kernels.sum_rows(gate_RD, place_TK, present_TK, up_RD)

@@ -10,10 +10,16 @@ from torchtitan.config import Configurable
 
 
 class Source(NamedTuple):
-    """What rows were gathered from: row r is ``rows_TD[index_R[r]]``. Kept for backward in their place."""
+    """What rows were gathered from: row r is ``rows_TD[index_R[r]]``, and token t's rows are ``place_TK[t]``.
+
+    Kept for backward in place of the rows, and given their gradient, summed over K. present_TK: bool, which
+    places are any; None: all.
+    """
 
     rows_TD: torch.Tensor
     index_R: torch.Tensor
+    place_TK: torch.Tensor
+    present_TK: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

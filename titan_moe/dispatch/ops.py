@@ -41,7 +41,7 @@ class Slots(NamedTuple):
 
     def source(self, rows_TD: torch.Tensor) -> Source:
         """Of the rows that ``gather_rows`` makes."""
-        return Source(rows_TD, self.token_N)
+        return Source(rows_TD, self.token_N, self.place_TK, self.present_TK)
 
 
 def slots_by_key(

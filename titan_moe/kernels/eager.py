@@ -13,13 +13,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def sum_rows(
-    y_ND: torch.Tensor, place_TK: torch.Tensor, present_TK: torch.Tensor | None = None
+    y_ND: torch.Tensor,
+    place_TK: torch.Tensor,
+    present_TK: torch.Tensor | None = None,
+    also_ND: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``(T, D)``: row ``place[t, 0]`` plus ``place[t, 1]`` ... in acc and in that order, rounded once.
 
-    Where not present, the place counts as a row of zeros, whatever (NaN) stands there.
+    Where not present, the place counts as a row of zeros, whatever (NaN) stands there. The rows are
+    those of ``y + also``, rounded to their dtype, if also is given.
     """
     top_k = place_TK.shape[1]
+    if also_ND is not None:
+        y_ND = y_ND + also_ND
     y_ND = _with_a_row(y_ND, present_TK)
     acc = accumulation_dtype(y_ND.dtype) if top_k > 1 else y_ND.dtype
     sum_TD = _of_slot(y_ND, place_TK, present_TK, 0, acc)

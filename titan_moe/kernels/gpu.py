@@ -21,8 +21,8 @@ _ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
-def sum_kernel(out, y, scores, place, present, D, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns ``[program 1]`` of row ``[program 0]`` of both sums; scores and present may be None."""
+def sum_kernel(out, y, also, scores, place, present, D, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns ``[program 1]`` of row ``[program 0]`` of both sums; also, scores and present may be None."""
     t = tl.program_id(0).to(tl.int64)  # t * D may exceed 2^31
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -32,7 +32,11 @@ def sum_kernel(out, y, scores, place, present, D, K: tl.constexpr, BLOCK: tl.con
         if present is not None:
             width = tl.where(tl.load(present + slot) != 0, D, 0)  # nothing is read where there is no row
         here = columns < width
-        row = tl.load(y + tl.load(place + slot) * D + columns, mask=here, other=0.0).to(tl.float32)
+        at = tl.load(place + slot) * D + columns
+        row = tl.load(y + at, mask=here, other=0.0).to(tl.float32)
+        if also is not None:
+            more = tl.load(also + at, mask=here, other=0.0).to(tl.float32)
+            row = (row + more).to(y.dtype.element_ty).to(tl.float32)
         if scores is not None:
             score = tl.load(scores + slot).to(tl.float32)
             total = total + tl.where(here, row * score, 0.0)
@@ -88,12 +92,15 @@ def swiglu_backward_kernel(grad_gate, grad_up, grad, gate, up, size, BLOCK: tl.c
 
 
 def sum_rows(
-    y_ND: torch.Tensor, place_TK: torch.Tensor, present_TK: torch.Tensor | None = None
+    y_ND: torch.Tensor,
+    place_TK: torch.Tensor,
+    present_TK: torch.Tensor | None = None,
+    also_ND: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See eager; equal to it in every bit."""
     if not runs(y_ND):
-        return eager.sum_rows(y_ND, place_TK, present_TK)
-    return _sum(y_ND, None, place_TK, present_TK)
+        return eager.sum_rows(y_ND, place_TK, present_TK, also_ND)
+    return _sum(y_ND, also_ND, None, place_TK, present_TK)
 
 
 def weighted_sum(
@@ -105,7 +112,7 @@ def weighted_sum(
     """See eager; equal to it in every bit. As in ``native``, an absent slot's score is not used either."""
     if not runs(y_ND):
         return eager.weighted_sum(y_ND, scores_TK, place_TK, present_TK)
-    return _sum(y_ND, scores_TK, place_TK, present_TK)
+    return _sum(y_ND, None, scores_TK, place_TK, present_TK)
 
 
 def weighted_sum_backward(
@@ -152,6 +159,7 @@ def runs(rows: torch.Tensor) -> bool:
 
 def _sum(
     y_ND: torch.Tensor,
+    also_ND: torch.Tensor | None,
     scores_TK: torch.Tensor | None,
     place_TK: torch.Tensor,
     present_TK: torch.Tensor | None,
@@ -159,7 +167,7 @@ def _sum(
     (num_tokens, top_k), dim = place_TK.shape, y_ND.shape[1]
     out_TD = y_ND.new_empty(num_tokens, dim)
     grid = (num_tokens, _blocks(dim))
-    _launch(sum_kernel, grid, out_TD, y_ND, scores_TK, place_TK, present_TK, dim, top_k)
+    _launch(sum_kernel, grid, out_TD, y_ND, also_ND, scores_TK, place_TK, present_TK, dim, top_k)
     return out_TD
 
 

@@ -77,8 +77,9 @@ static inline float sigmoid_f32(float x) { return 1.0f / (1.0f + exp_f32(-x)); }
 
 #else
 
-/* scores: NULL for a sum without weights; present: NULL where every slot has a row. */
-void NAME(sum)(TYPE *out, const TYPE *y, const float *scores, const int64_t *place, const uint8_t *present,
+/* also: NULL, or what is added to y first, without scores; scores: NULL for a sum without weights;
+ * present: NULL where every slot has a row. */
+void NAME(sum)(TYPE *out, const TYPE *y, const TYPE *also, const float *scores, const int64_t *place, const uint8_t *present,
                int64_t T, int64_t K, int64_t D, int threads) {
     PARALLEL
     for (int64_t t = 0; t < T; t++) {
@@ -88,12 +89,16 @@ void NAME(sum)(TYPE *out, const TYPE *y, const float *scores, const int64_t *pla
             /* -0 is the sum of no rows: it leaves even a -0 as it is. */
             for (int64_t d = 0; d < width; d++) sum[d] = scores ? 0.0f : -0.0f;
             for (int64_t slot = t * K; slot < (t + 1) * K; slot++) {
-                const TYPE *row = y + place[slot] * D + first;
+                int64_t at = place[slot] * D + first;
+                const TYPE *row = y + at;
                 if (present && !present[slot]) {
                     for (int64_t d = 0; d < width; d++) sum[d] += 0.0f;
                 } else if (scores) {
                     float score = scores[slot];
                     for (int64_t d = 0; d < width; d++) sum[d] += LOAD(row[d]) * score;
+                } else if (also) {
+                    const TYPE *more = also + at;
+                    for (int64_t d = 0; d < width; d++) sum[d] += LOAD(STORE(LOAD(row[d]) + LOAD(more[d])));
                 } else {
                     for (int64_t d = 0; d < width; d++) sum[d] += LOAD(row[d]);
                 }

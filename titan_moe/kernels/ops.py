@@ -12,7 +12,7 @@ import torch
 from titan_moe.kernels import eager, native
 
 _SCHEMAS = (
-    "sum_rows(Tensor y_ND, Tensor place_TK, Tensor? present_TK=None) -> Tensor",
+    "sum_rows(Tensor y_ND, Tensor place_TK, Tensor? present_TK=None, Tensor? also_ND=None) -> Tensor",
     "weighted_sum(Tensor y_ND, Tensor scores_TK, Tensor place_TK, Tensor? present_TK=None) -> Tensor",
     "weighted_sum_backward(Tensor grad_TD, Tensor y_ND, Tensor scores_TK, Tensor order_N)"
     " -> (Tensor, Tensor)",
@@ -53,7 +53,10 @@ def gpu_kernels() -> Any:
 
 
 def _fake_sum_rows(
-    y_ND: torch.Tensor, place_TK: torch.Tensor, present_TK: torch.Tensor | None = None
+    y_ND: torch.Tensor,
+    place_TK: torch.Tensor,
+    present_TK: torch.Tensor | None = None,
+    also_ND: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return y_ND.new_empty(place_TK.shape[0], y_ND.shape[1])
 
