@@ -156,8 +156,15 @@ class _FromInputs(torch.autograd.Function):
 
 
 def _unboxed(grads: tuple[Any, ...]) -> list[torch.Tensor]:
-    """The gradients as a list to take from; torch.compile hands them over without the box."""
-    return grads[0] if isinstance(grads[0], list) else list(grads)
+    """The gradients as a list to take from; torch.compile hands them over without the box.
+
+    Raises:
+        RuntimeError: a graph of this backward is wanted; once_differentiable does not look into the box.
+    """
+    unboxed = grads[0] if isinstance(grads[0], list) else list(grads)
+    if torch.is_grad_enabled() and any(grad.requires_grad for grad in unboxed):
+        raise RuntimeError("the experts have no second derivative: leave create_graph out")
+    return unboxed
 
 
 def _kept(x_RD: torch.Tensor, origin: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
