@@ -3,6 +3,7 @@
 import datetime
 import importlib
 import math
+import os
 import subprocess
 import sys
 import types
@@ -351,6 +352,36 @@ class TestBf16Matmuls:
             monkeypatch.setattr(device, "multiplies_bf16", lambda has=has: has)
             device.fill_gaps()
         assert called == ["by fp32"]
+
+
+KERNELS = """
+import titan_moe, torch
+x = torch.ones(316, 16, dtype=torch.bfloat16)
+for turn in range(2):
+    for rows in range(17, 317):
+        x[:rows] @ x[:16]
+"""
+
+
+@on_cpu
+@pytest.mark.skipif(not device.multiplies_bf16(), reason="oneDNN multiplies no bf16 here")
+@pytest.mark.parametrize(("capacity", "made"), [(None, 600), ("300", 300)])
+def test_onednn_keeps_no_kernel_for_every_number_of_rows(capacity: str | None, made: int) -> None:
+    """300 of them, in turn, twice: by default the first is gone when it comes again; a user may keep more."""
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    environment |= {"ONEDNN_VERBOSE": "profile_create"} | ({name: capacity} if capacity else {})
+    said = subprocess.run(
+        [sys.executable, "-c", KERNELS],
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    assert said.count("create:cache_miss") == made
+    assert said.count("create:cache_") == 600
 
 
 class Rotated(torch.nn.Module):
