@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import xml.dom.minidom
 from collections.abc import Callable
 from typing import Any
@@ -167,6 +168,12 @@ def test_ratios_are_of_neighbours() -> None:
     assert interleave.ratio([2, 20, 400], [1, 10, 100]) == (2, 2, 3)
     assert interleave.geometric_mean([1, 4]) == pytest.approx(2)
     assert interleave.spread([3]) == (3, 3, 3)
+
+
+def test_the_ratio_of_sums_has_the_standard_error_of_the_pairs() -> None:
+    gain, error = interleave.total_ratio([2, 9], [1, 3])
+    assert (gain, error) == (11 / 4, pytest.approx(0.5))
+    assert math.isnan(interleave.total_ratio([2], [1])[1])
 
 
 class TestContestants:

@@ -71,6 +71,13 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
+def total_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float]:
+    """The ratio of the sums, which resolves more than the median of the pairs', and its standard error."""
+    pairs = [a / b for a, b in zip(above, below, strict=True)]
+    error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else math.nan
+    return sum(above) / sum(below), error
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     """Of ratios."""
     logs = [math.log(value) for value in values]
