@@ -26,8 +26,9 @@ from torch.distributed.pipelining import PipelineStage, schedules
 _KERNELS = torch.library.Library("aten", "IMPL")  # ours live as long as this object does
 
 # An expert's rows change every step, and oneDNN makes a kernel per number of rows; it keeps 1024 of them and
-# more pages than those. 30 steps of debug_local.toml peaked at 5.1 GB a rank so; as fast with 256, at 3.0.
-_ONEDNN_KERNELS = "256"
+# more pages than those. 30 steps of debug_local.toml peaked at 5.1 GB a rank so, and at 3.7 GB with 512, as
+# fast; with 256, 64 experts make theirs again and again and a layer takes twice as long.
+ONEDNN_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}
 
 
 def fill_gaps() -> None:
@@ -110,7 +111,8 @@ def _become_cpu() -> None:
         return
     if not multiplies_bf16():
         _multiply_bf16_as_fp32()
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _ONEDNN_KERNELS)
+    for name, number in ONEDNN_KERNELS.items():
+        os.environ.setdefault(name, number)
     # tools/utils.py, get_device_info: falls back to "cuda" when torch finds no accelerator.
     stale_module, cpu_module = utils.device_module, _cpu_device_module()
     # metrics.py, parallel_dims.py and others import these names by value.

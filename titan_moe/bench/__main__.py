@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     settings = Settings(world_size=args.world_size, quick=args.quick, only=tuple(args.only or ()))
     clock.keep_memory()
+    clock.keep_kernels()
     about = machine.describe(argv)
     _say(machine.line(about))
     if about["load_before"] > about["cores"]:

@@ -1,11 +1,14 @@
 """The device that is measured: its clock, its collectives, and on a GPU its peaks. Not run on a GPU yet."""
 
 import ctypes
+import os
 import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+
+from titan_moe.device import ONEDNN_KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = "nccl" if DEVICE == "cuda" else "gloo"
@@ -35,6 +38,11 @@ def keep_memory() -> None:
     if DEVICE == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def keep_kernels() -> None:
+    """Routes timed again and again find oneDNN's kernels made, as on a GPU; in child processes too."""
+    os.environ |= dict.fromkeys(ONEDNN_KERNELS, "1024")
 
 
 def barrier() -> None:

@@ -19,6 +19,7 @@ from titan_moe.bench.interleave import interleaved, ratio, spread, total_ratio
 from titan_moe.bench.ranks import on_ranks
 from titan_moe.bench.report import Found, Settings, Table
 from titan_moe.config import load
+from titan_moe.device import ONEDNN_KERNELS
 from titan_moe.train import Trainer
 
 TITLE = "Step: a training step of the DeepSeek-V3 debug model"
@@ -94,7 +95,7 @@ def steps_on_rank(argv: list[str], repeats: int) -> Found:
         DifferentLayers: their first losses are not the same loss.
     """
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size} | ONEDNN_KERNELS
     logging.disable(logging.WARNING)  # what torchtitan says about its settings, once per trainer and rank
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
