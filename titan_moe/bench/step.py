@@ -25,9 +25,9 @@ from titan_moe.train import Trainer
 TITLE = "Step: a training step of the DeepSeek-V3 debug model"
 NOTE = (
     "titan_moe's trainer on both sides, 1536 tokens per step, bf16, no activation checkpointing; one thread "
-    "per rank. ms: the slowest rank's. CPU s: of all ranks together, in user mode, because the kernel's part "
-    "is page faults, and no two steps have as many. The last column is the ratio of the sums over all steps, "
-    "with its standard error; the target is for that: the wall time of ranks that share cores does not "
+    "per rank. ms: the slowest rank's. CPU s: of all ranks together, in user mode, because the system's part "
+    "is mostly page faults, and no two steps have as many. The last column is the ratio of the sums over all "
+    "steps, with its standard error; the target is for that: the wall time of ranks that share cores does not "
     "resolve 2%. On a GPU it is for the ms."
 )
 REPEATS, WARMUP = 24, 5  # the first steps make the heap grow, and oneDNN's kernels
