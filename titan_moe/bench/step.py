@@ -27,8 +27,8 @@ NOTE = (
     "titan_moe's trainer on both sides, 1536 tokens per step, bf16, no activation checkpointing; one thread "
     "per rank. ms: the slowest rank's. CPU s: of all ranks together, in user mode, because the system's part "
     "is mostly page faults, and no two steps have as many. The last column is the ratio of the sums over all "
-    "steps, with its standard error; the target is for that: the wall time of ranks that share cores does not "
-    "resolve 2%. On a GPU it is for the ms."
+    "steps, with its standard error; the target is for that: the wall time of ranks that share cores does "
+    "not resolve 2%. On a GPU it is for the ms."
 )
 REPEATS, WARMUP = 24, 5  # the first steps make the heap grow, and oneDNN's kernels
 CONFIGS = Path(__file__).parent.parent.parent / "train_configs"
