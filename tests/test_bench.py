@@ -171,9 +171,10 @@ def test_ratios_are_of_neighbours() -> None:
 
 
 def test_the_ratio_of_sums_has_the_standard_error_of_the_pairs() -> None:
-    gain, error = interleave.total_ratio([2, 9], [1, 3])
-    assert (gain, error) == (11 / 4, pytest.approx(0.5))
-    assert math.isnan(interleave.total_ratio([2], [1])[1])
+    estimate = interleave.total_ratio([2, 9], [1, 3])
+    assert estimate == (11 / 4, pytest.approx(0.5))
+    assert estimate.show(1) == "2.8 ± 0.5"
+    assert math.isnan(interleave.total_ratio([2], [1]).error)
 
 
 class TestContestants:

@@ -25,9 +25,9 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 _KERNELS = torch.library.Library("aten", "IMPL")  # ours live as long as this object does
 
-# An expert's rows change every step, and oneDNN makes a kernel per number of rows; it keeps 1024 of them and
-# more pages than those. 30 steps of debug_local.toml peaked at 5.1 GB a rank so, and at 3.7 GB with 512, as
-# fast; with 256, 64 experts make theirs again and again and a layer takes twice as long.
+# An expert's rows change every step, and oneDNN compiles a kernel for each number of them. It keeps 1024, and
+# a rank of 30 steps of debug_local.toml peaked at 5.1 GB; with 512 at 3.7, as fast; with 256 at 3.0, but then
+# a layer of 64 experts took twice as long.
 ONEDNN_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}
 
 

@@ -32,6 +32,17 @@ class Spread(NamedTuple):
         return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
 
 
+class Estimate(NamedTuple):
+    """A value and its standard error."""
+
+    value: float
+    error: float
+
+    def show(self, digits: int = 2) -> str:
+        """``value ± error``."""
+        return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
+
+
 def interleaved(
     contestants: Mapping[str, Contestant], *, repeats: int, warmup: int = 1, over_ranks: bool = False
 ) -> dict[str, list[float]]:
@@ -71,11 +82,11 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
-def total_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float]:
-    """The ratio of the sums, which resolves more than the median of the pairs', and its standard error."""
+def total_ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """Of the sums, which resolves more than the median of the pairs; the error is that of the pairs' mean."""
     pairs = [a / b for a, b in zip(above, below, strict=True)]
     error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else math.nan
-    return sum(above) / sum(below), error
+    return Estimate(sum(above) / sum(below), error)
 
 
 def geometric_mean(values: Iterable[float]) -> float:
