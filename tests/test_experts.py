@@ -16,12 +16,13 @@ COUNTS = {"some": [3, 0, 5, 1], "one": [0, 9, 0, 0], "none": [0, 0, 0, 0]}
 SAVES: tuple[Save, Save] = ("all", "inputs")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 NAMES = ("x", "w1", "w2", "w3")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 class Drawn:
     """Tokens, which rows are gathered from them, and weights."""
 
-    def __init__(self, counts: list[int], dtype: torch.dtype) -> None:
+    def __init__(self, counts: list[int], dtype: torch.dtype, device: str = "cpu") -> None:
         torch.manual_seed(3)
         rows, num_experts = sum(counts), len(counts)
         self.offsets_e = torch.tensor(counts).cumsum(0, dtype=torch.int32)
@@ -35,6 +36,10 @@ class Drawn:
         self.w1, self.w3 = torch.randn(2, num_experts, F, D, dtype=dtype) / 4
         self.w2 = torch.randn(num_experts, D, F, dtype=dtype) / 4
         self.grad_RD = torch.randn(rows, D, dtype=dtype)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        self.slots = Slots(*(tensor.to(device) for tensor in self.slots))
 
     def gradients(self, compute: Callable[..., Tensor], frozen: str = "") -> dict[str, Tensor | None]:
         """``compute(x_TD, x_RD, w1, w2, w3)``: its value, and its gradients by name."""
@@ -68,20 +73,22 @@ def formula(counts: list[int]) -> Callable[..., Tensor]:
     return compute
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("gathered", [True, False], ids=["source", "rows"])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-def test_equals_the_formula(counts: list[int], gathered: bool, save: Save) -> None:
-    drawn = Drawn(counts, torch.float64)
+def test_equals_the_formula(counts: list[int], gathered: bool, save: Save, device: str) -> None:
+    drawn = Drawn(counts, torch.float64, device)
     expected = drawn.gradients(formula(counts))
     for name, value in drawn.ours(save, gathered).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-def test_every_way_of_saving_has_the_same_bits(counts: list[int], dtype: torch.dtype) -> None:
-    drawn = Drawn(counts, dtype)
+def test_every_way_of_saving_has_the_same_bits(counts: list[int], dtype: torch.dtype, device: str) -> None:
+    drawn = Drawn(counts, dtype, device)
     base = drawn.ours("all", gathered=False)
     for save in SAVES:
         for gathered in (True, False):

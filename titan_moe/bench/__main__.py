@@ -10,7 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from titan_moe.bench import bytes_moved, clock, ep, growth, layer, machine, memory, plot, step, targets, wire
+from titan_moe.bench import (
+    bandwidth,
+    bytes_moved,
+    clock,
+    ep,
+    growth,
+    layer,
+    machine,
+    memory,
+    plot,
+    step,
+    targets,
+    wire,
+)
 from titan_moe.bench.report import Found, Settings
 from titan_moe.dispatch.__main__ import markdown
 
@@ -20,6 +33,7 @@ PARTS: dict[str, Any] = {
     "floor": layer,
     "memory": memory,
     "traffic": bytes_moved,
+    "kernels": bandwidth,
     "growth": growth,
     "wire": wire,
     "ep": ep,
