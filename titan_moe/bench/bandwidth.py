@@ -16,8 +16,6 @@ NOTE = (
     "a launch, ten in a row. Ceiling: a copy of one tensor into another, in the same turns."
 )
 REPEATS, WARMUP, LAUNCHES = 15, 2, 10
-# Several times a GPU's cache, and on a CPU what the other parts measure.
-LARGE = (Shape(16384, 2048, 1408, 64, 6), Shape(8192, 7168, 2048, 256, 8))
 COPY = "copy"
 COPIED = {"cuda": 2**30, "cpu": 2**26}  # bytes
 
@@ -43,8 +41,7 @@ class Kernel:
 
 def measure(settings: Settings) -> Found:
     """Per shape and kernel: bytes of a launch and seconds of each."""
-    shapes = LARGE if DEVICE == "cuda" and not settings.quick else settings.layer_shapes
-    return {str(shape): _measure(shape, settings.repeats(REPEATS)) for shape in shapes}
+    return {str(shape): _measure(shape, settings.repeats(REPEATS)) for shape in settings.layer_shapes}
 
 
 def tables(found: Found, settings: Settings) -> Iterator[Table]:

@@ -1,4 +1,4 @@
-"""The device that is measured: its clock, its collectives, and on a GPU its peaks. Not run on a GPU yet."""
+"""The device that is measured: its clock, its collectives, and on a GPU its peaks."""
 
 import ctypes
 import os
@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from titan_moe.device import ONEDNN_KERNELS
 
@@ -86,6 +88,18 @@ def matmul_flops(size: int = 8192, repeats: int = 10) -> float | None:
 
     times = [seconds(multiply) for _ in range(3 + repeats)]
     return 2 * size**3 / min(times[3:])
+
+
+def busy_seconds(work: Callable[[], object]) -> float | None:
+    """What the GPU's kernels and copies take, in sum, once it need not wait for Python; None on a CPU."""
+    if DEVICE == "cpu":
+        return None
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        work()
+        torch.cuda.synchronize()
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return sum(event.duration_ns() for event in events if event.device_type() == DeviceType.CUDA) / 1e9
 
 
 def cuda_peak_bytes(work: Callable[[], object]) -> int:

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from titan_moe.bench.clock import matmul_flops
+from titan_moe.bench.clock import busy_seconds, matmul_flops
 from titan_moe.bench.contestants import FLOOR, LAYERS, OURS, STOCK, Floor, Problem, check_same
-from titan_moe.bench.interleave import geometric_mean, interleaved, ratio, spread
+from titan_moe.bench.interleave import Contestant, geometric_mean, interleaved, ratio, spread
 from titan_moe.bench.report import Found, Settings, Table
 
 TITLE = "Layer: router, dispatch, experts, combine; floor: its GEMMs alone"
@@ -26,6 +26,7 @@ def measure(settings: Settings) -> Found:
         runs[FLOOR] = Floor(problem)
         found[str(shape)] = {
             "seconds": interleaved(runs, repeats=settings.repeats(REPEATS), warmup=WARMUP),
+            "busy_seconds": {name: _busy(run) for name, run in runs.items()},
             "distance_from_stock": agreement,
             "gemm_flops": shape.gemm_flops,
         }
@@ -36,7 +37,7 @@ def measure(settings: Settings) -> Found:
 
 
 def tables(found: Found, settings: Settings) -> Iterator[Table]:
-    """A line per shape and one of geometric means; on a GPU, TFLOP/s too."""
+    """A line per shape and one of geometric means; on a GPU, its own time and TFLOP/s too."""
     names = list(next(iter(found.values()))["seconds"])
     mine = [name for name in names if name not in (STOCK, FLOOR)]
     pairs = [pair for name in mine for pair in ((STOCK, name), (name, FLOOR))]
@@ -48,6 +49,7 @@ def tables(found: Found, settings: Settings) -> Iterator[Table]:
     means = (f"{geometric_mean(_ratios(found, *pair)):.2f}" for pair in pairs)
     yield [*lines, ["geometric mean", *[""] * len(names), *means]]
     if any("matmul_flops_per_second" in sides for sides in found.values()):
+        yield _gpu_alone(found, names, pairs)
         yield _speeds(found, names)
 
 
@@ -65,6 +67,23 @@ def figures(found: Found) -> dict[str, float]:
 
 def _ratios(found: Found, above: str, below: str) -> list[float]:
     return [ratio(sides["seconds"][above], sides["seconds"][below]).median for sides in found.values()]
+
+
+def _busy(run: Contestant) -> float | None:
+    run.clear()
+    taken = busy_seconds(run.run)
+    run.clear()
+    return taken
+
+
+def _gpu_alone(found: Found, names: list[str], pairs: list[tuple[str, str]]) -> Table:
+    """Ms of all kernels of one run; what is missing to the time above, the GPU waited for Python."""
+    lines = [["shape", *(f"{name} GPU ms" for name in names), *(" / ".join(pair) for pair in pairs)]]
+    for shape, sides in found.items():
+        busy = sides["busy_seconds"]
+        ratios = (f"{busy[a] / busy[b]:.2f}" for a, b in pairs)
+        lines.append([shape, *(f"{1e3 * busy[name]:.2f}" for name in names), *ratios])
+    return lines
 
 
 def _speeds(found: Found, names: list[str]) -> Table:

@@ -22,7 +22,9 @@ class Settings:
     @property
     def layer_shapes(self) -> Sequence[Shape]:
         """Of the parts on one rank."""
-        return shapes.QUICK if self.quick else shapes.LAYER
+        if self.quick:
+            return shapes.QUICK
+        return shapes.LAYER if clock.DEVICE == "cpu" else (*shapes.LAYER, *shapes.ON_A_GPU)
 
     @property
     def rank_shapes(self) -> Sequence[Shape]:

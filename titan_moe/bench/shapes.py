@@ -35,6 +35,10 @@ LAYER = (
     Shape(4096, 1024, 512, 64, 8),
     Shape(2048, 1024, 512, 16, 2),
 )
+ON_A_GPU = (  # besides: in LAYER's it waits for Python
+    Shape(16384, 2048, 1408, 64, 6),
+    Shape(16384, 4096, 1536, 16, 8),
+)
 OVER_RANKS = (  # tokens of each rank
     Shape(2048, 256, 256, 8, 3),
     Shape(1024, 512, 256, 64, 8),
