@@ -12,8 +12,9 @@ from titan_moe.kernels import ops as kernels
 
 TITLE = "Kernels: bandwidth beside a copy's"
 NOTE = (
-    "bf16 rows; each input counted once, each output once, whatever is read again; median us (quartiles) of "
-    "a launch, ten in a row. Ceiling: a copy of one tensor into another, in the same turns."
+    "bf16 rows; each input counted once, each output once, although permute and weighted_sum_backward read a "
+    "token's row K times; median us (quartiles) of a launch, ten in a row. Ceiling: a copy of one tensor "
+    "into another, in the same turns."
 )
 REPEATS, WARMUP, LAUNCHES = 15, 2, 10
 COPY = "copy"
@@ -41,7 +42,7 @@ class Kernel:
 
 def measure(settings: Settings) -> Found:
     """Per shape and kernel: bytes of a launch and seconds of each."""
-    return {str(shape): _measure(shape, settings.repeats(REPEATS)) for shape in settings.layer_shapes}
+    return {str(shape): _measure(shape, settings.repeats(REPEATS)) for shape in settings.kernel_shapes}
 
 
 def tables(found: Found, settings: Settings) -> Iterator[Table]:

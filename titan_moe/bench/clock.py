@@ -95,7 +95,7 @@ def busy_seconds(work: Callable[[], object]) -> float | None:
     if DEVICE == "cpu":
         return None
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         work()
         torch.cuda.synchronize()
     events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]

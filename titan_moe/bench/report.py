@@ -27,6 +27,11 @@ class Settings:
         return shapes.LAYER if clock.DEVICE == "cpu" else (*shapes.LAYER, *shapes.ON_A_GPU)
 
     @property
+    def kernel_shapes(self) -> Sequence[Shape]:
+        """Of kernels alone: a GPU's cache holds the small ones."""
+        return self.layer_shapes if self.quick or clock.DEVICE == "cpu" else shapes.ON_A_GPU
+
+    @property
     def rank_shapes(self) -> Sequence[Shape]:
         """Of the parts over several, with the tokens of each."""
         return shapes.QUICK if self.quick else shapes.OVER_RANKS
