@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ranks import RankContext, run_ranks
 from titan_moe.bench import __main__ as bench
-from titan_moe.bench import ep, interleave, plot, shapes, targets, wire
+from titan_moe.bench import bandwidth, ep, interleave, plot, shapes, targets, wire
 from titan_moe.bench.bytes_moved import ByteCounter, UnseenWrite
 from titan_moe.bench.contestants import (
     LAYERS,
@@ -98,6 +98,15 @@ def test_a_storage_that_took_a_dead_ones_place_is_not_taken_for_written() -> Non
             with pytest.raises(UnseenWrite):
                 torch.empty(10, 20).neg()
     assert set(counter.by_op) == {"aten::zeros"}
+
+
+def test_kernels_move_what_their_bandwidth_is_counted_from() -> None:
+    with ByteCounter([]) as counter:
+        for name, kernel in bandwidth.launches(TINY).items():
+            before = counter.total
+            kernel.launch()
+            if name != bandwidth.COPY:  # in place: the counter takes its target for read, too
+                assert counter.total - before == kernel.moved, name
 
 
 class TestMemory:
