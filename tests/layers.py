@@ -148,7 +148,7 @@ def run_layer(
     layer = on_mesh(build_layer(case, dispatcher, save), dims, mesh)
     if fault is not None:
         FAULTS[fault](layer)
-    seen = _watch(layer)
+    seen = watch(layer)
     dp_rank_of = [rank // mesh.tp for rank in range(ctx.world_size)]
     x_BLD = ctx.per_rank([local_rows(case.params["x_BLD"], rank, dims) for rank in dp_rank_of])
     grad_BLD = ctx.per_rank([local_rows(case.grad_out_BLD, rank, dims) for rank in dp_rank_of])
@@ -166,7 +166,7 @@ def run_layer(
     return results
 
 
-def _watch(layer: MoE) -> dict[str, Any]:
+def watch(layer: MoE) -> dict[str, Any]:
     """Catches the router's scores, to read their gradient, and where the tokens sit."""
     seen: dict[str, Any] = {}
 
