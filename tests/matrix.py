@@ -1,4 +1,4 @@
-"""Every mesh against one rank, from one seed checkpoint in fp32: the command, and the table it prints.
+"""Every mesh against one rank, from one seed in fp32: the command, and the table it prints.
 
     python -m tests.matrix [NAME ...] [--write docs/meshes.md]
 

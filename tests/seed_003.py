@@ -28,12 +28,11 @@ def flat_offset(moes: list[MoE]) -> None:
         FAULTS["flat_offset"](moe)
 
 
-def losses(folder: Path, config: str, *overrides: str, ranks: int = 4, sabotage: object = None) -> svg.Curve:
+def losses(folder: Path, config: str, *, sabotage: object = None) -> svg.Curve:
     """Of a run in ``folder``, by step."""
     argv = [config, f"--dump_folder={folder}", "--debug.no-enable_structured_logging"]
-    argv += [f"--training.steps={STEPS}", "--training.mixed_precision_param=float32", *overrides]
-    argv += ["--checkpoint.enable", "--checkpoint.interval=1000"]
-    results = run_ranks(train, ranks, argv, None, sabotage, LAYERS, timeout_s=TIMEOUT_S)
+    argv += [f"--training.steps={STEPS}", "--training.mixed_precision_param=float32"]
+    results = run_ranks(train, 4, argv, None, sabotage, LAYERS, timeout_s=TIMEOUT_S)
     return [(record["step"], record["loss"]) for record in results[0]["records"]]
 
 
@@ -43,17 +42,14 @@ def main() -> None:
     out.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_seed = ("--checkpoint.create_seed_checkpoint", "--checkpoint.folder=.")
-        losses(folder, str(ROOT / "train_configs" / "debug_local.toml"), *make_seed, ranks=1)
-        start = f"--checkpoint.initial_load_path={folder / 'step-0'}"
-        tp = losses(folder / "tp", TP, start)
+        tp = losses(folder / "tp", TP)
         curves = {
-            "tp": ("FSDP2 x TP2, once more", losses(folder / "again", TP, start)),
+            "tp": ("FSDP2 x TP2, once more", losses(folder / "again", TP)),
             "flat_offset": (
                 "FSDP2 x TP2 x EP2, flat offset",
-                losses(folder / "planted", EP, start, sabotage=flat_offset),
+                losses(folder / "planted", EP, sabotage=flat_offset),
             ),
-            "ours": ("FSDP2 x TP2 x EP2", losses(folder / "ours", EP, start)),
+            "ours": ("FSDP2 x TP2 x EP2", losses(folder / "ours", EP)),
         }
     close_pools()
     for key, (title, curve) in curves.items():

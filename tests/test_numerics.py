@@ -45,20 +45,14 @@ def _argv(folder: Path, name: str, *overrides: str) -> list[str]:
         "--training.mixed_precision_param=float32",
         f"--training.global_batch_size={BATCH}",
         "--training.steps=1",
-        "--checkpoint.enable",
-        "--checkpoint.interval=1000",
         *overrides,
     ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs live; they start from the checkpoint in ``seed``."""
-    folder = tmp_path_factory.mktemp("numerics")
-    batch = f"--training.local_batch_size={BATCH}"
-    argv = _argv(folder, "seed", batch, "--checkpoint.create_seed_checkpoint", "--checkpoint.folder=.")
-    run_ranks(train, 1, argv, timeout_s=TIMEOUT_S)
-    return folder
+    """Where the runs live; they start from one seed."""
+    return tmp_path_factory.mktemp("numerics")
 
 
 def _run(
@@ -71,10 +65,8 @@ def _run(
             folder,
             name,
             "--numerics.capture",
-            f"--checkpoint.initial_load_path={folder / 'seed' / 'step-0'}",
             f"--training.seq_len={seq_len}",
             f"--training.local_batch_size={BATCH // replicas}",
-            *(['--checkpoint.exclude_from_loading=["dataloader"]'] if seq_len != 128 else []),
             *overrides,
         )
         run_ranks(train, ranks, argv, None, sabotage, timeout_s=TIMEOUT_S)
@@ -339,14 +331,14 @@ class TestCommand:
         assert "CONSOLE" not in page.stderr
 
     def test_runs_of_its_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-        """Seed, baseline, candidate, fed, replayed: in this session's workers instead of under torchrun."""
+        """Baseline, candidate, fed, replayed: in this session's workers instead of under torchrun."""
         monkeypatch.setattr(runs.Runs, "_run", _in_workers)
         ep2 = f"{DEBUG}@2 {' '.join(EP2)}"
         options = ("--steps", "2", "--replay-routing", "--out", str(tmp_path), "--", *SMALL)
         assert self._compare(f"{DEBUG}@2", ep2, *options) == 0
         captured = capsys.readouterr()
         stages = [line.split("s  ")[1] for line in captured.err.splitlines()]
-        assert stages == ["seed", "baseline", "candidate", "fed", "replayed"]
+        assert stages == ["baseline", "candidate", "fed", "replayed"]
         report = json.loads((tmp_path / "report.json").read_text())
         assert report.keys() == {"about", "free", "replayed", "routing", "born"}
         assert "step        baseline       candidate  difference    numerics     routing" in captured.out
@@ -361,7 +353,7 @@ class TestCommand:
         wrong = ("--", "--training.stepz=3")
         assert self._compare(DEBUG, DEBUG, "--out", str(tmp_path), *wrong) == 2
         said = capsys.readouterr().err
-        assert re.search(r"titan_moe: seed failed with status .*training.stepz .* \(log: .*log.txt\)$", said)
+        assert re.search(r"titan_moe: baseline failed with status .*training.stepz .* \(log: .*log.txt\)$", said)
 
     @pytest.mark.slow
     def test_other_data(self, folder: Path) -> None:

@@ -44,20 +44,15 @@ def train_stock(ctx: RankContext, config_name: str, argv: list[str]) -> dict[str
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs live; they start from the checkpoint in ``step-0``."""
-    folder = tmp_path_factory.mktemp("override")
-    argv = [str(CONFIGS / "debug_local.toml"), f"--dump_folder={folder}", *COMMON, "--training.steps=1"]
-    run_ranks(train, 1, [*argv, *SEED], timeout_s=TIMEOUT_S)
-    return folder
+    """Where the runs live; they start from one seed."""
+    return tmp_path_factory.mktemp("override")
 
 
-COMMON = ("--debug.no-enable_structured_logging", "--checkpoint.enable", "--checkpoint.interval=1000")
-SEED = ("--checkpoint.create_seed_checkpoint", "--checkpoint.folder=.")
+COMMON = ("--debug.no-enable_structured_logging", "--debug.seed=42")
 
 
 def _argv(folder: Path, name: str, *overrides: str) -> list[str]:
-    start = f"--checkpoint.initial_load_path={folder / 'step-0'}"
-    return [f"--dump_folder={folder / name}", *COMMON, f"--training.steps={STEPS}", start, *overrides]
+    return [f"--dump_folder={folder / name}", *COMMON, f"--training.steps={STEPS}", *overrides]
 
 
 def _ours(folder: Path, name: str, *overrides: str) -> dict[str, Any]:

@@ -30,24 +30,18 @@ def _argv(folder: Path, name: str, *overrides: str) -> list[str]:
         "--debug.no-enable_structured_logging",
         "--training.mixed_precision_param=float32",
         "--training.seq_len=127",
-        "--checkpoint.enable",
-        "--checkpoint.interval=1000",
         *overrides,
     ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs live; they start from the checkpoint in ``seed``."""
-    folder = tmp_path_factory.mktemp("replay")
-    seed = _argv(folder, "seed", "--checkpoint.create_seed_checkpoint", "--checkpoint.folder=.")
-    run_ranks(train, 1, seed, timeout_s=TIMEOUT_S)
-    return folder
+    """Where the runs live; they start from one seed."""
+    return tmp_path_factory.mktemp("replay")
 
 
 def _run(folder: Path, name: str, world_size: int, *overrides: str, sabotage: Any = None) -> list[Any]:
-    seed = f"--checkpoint.initial_load_path={folder / 'seed' / 'step-0'}"
-    argv = _argv(folder, name, seed, *overrides)
+    argv = _argv(folder, name, *overrides)
     return run_ranks(train, world_size, argv, None, sabotage, timeout_s=TIMEOUT_S)
 
 

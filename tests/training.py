@@ -39,6 +39,7 @@ def train(
         num_layers: The model is cut to these.
 
     Returns:
+        "unequal_starts": names of parameters whose first value has not the reference's bits;
         "records" of metrics.jsonl; "expert_bias" per layer; "first_bias" and "first_load" (counts) per
         layer, after one step; "validation" losses; "gradient_errors" and "parameter_errors" by name: the
         distance relative to the gradient, and to what the parameter moved;
@@ -118,6 +119,7 @@ def _compare(whole: dict[str, dict[str, torch.Tensor]], reference: str) -> dict[
             theirs[key] |= tensors
     return {
         "names": list(theirs["gradients"]),
+        "unequal_starts": [n for n, ours in whole["start"].items() if not torch.equal(ours, theirs["start"][n])],
         "gradient_errors": {
             name: _distance(ours, theirs["gradients"][name], theirs["gradients"][name])
             for name, ours in whole["gradients"].items()

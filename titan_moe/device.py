@@ -7,7 +7,6 @@ is not called. Two more CPU facts live where their code is: FSDP's reduction
 
 import functools
 import inspect
-import logging
 import os
 import platform
 import resource
@@ -123,9 +122,6 @@ def _become_cpu() -> None:
             vars(loaded)["device_module"] = cpu_module
     # distributed/utils.py, clip_grad_norm_: takes the norm from here.
     torch.nn.utils.get_total_norm = _total_norm
-    # Advice for GPUs, once per rank: seeds differ per mesh here (README), and gloo is not to be tuned.
-    warnings.filterwarnings("ignore", message="DTensor (random operators|manual_seed)")
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def multiplies_bf16() -> bool:

@@ -5,6 +5,10 @@
 
 or ``titan_moe.override.moe={"dispatcher":"deepep","combine":"per_slot"}``. Names of parameters stay, so
 checkpoints of either load into the other. Routing replay, captures and metrics.jsonl: ``titan_moe.train``.
+
+First weights: on a CPU they are drawn by name, as ``titan_moe.train`` does it, because torchtitan fills every
+rank's shards there with the same numbers. On CUDA that is an option, ``{"init_by_name":true}``, because it
+changes the weights that a seed gives.
 """
 
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ from torchtitan.models.common.decoder_sharding import dense_sequence_parallel_pl
 from torchtitan.tools.utils import device_type
 
 from titan_moe.dispatch.base import DispatchLimits, DispatchMetadata, Routing
+from titan_moe.initialization import draw_models_by_name
 from titan_moe.models.swap import swap_layer
 from titan_moe.moe import MoE
 from titan_moe.sharding import shard_moe
@@ -69,6 +74,7 @@ def moe(
     *,
     dispatcher: str = "all_to_all",
     num_max_tokens_per_rank: int | None = None,
+    init_by_name: bool = device_type == "cpu",
     **options: Any,
 ) -> AdoptedMoE.Config:
     """One of torchtitan's MoE configs as ours.
@@ -76,9 +82,10 @@ def moe(
     Args:
         dispatcher: a name in ``titan_moe.dispatch.DISPATCHERS``; ``options`` are its own.
         num_max_tokens_per_rank: needed by the DeepEP library, whose buffers are sized once.
+        init_by_name: the whole model's first weights are the same on every mesh (``titan_moe.initialization``).
 
     Raises:
-        ValueError: another SPMD backend, or what ``models.swap`` refuses.
+        ValueError: another SPMD backend; ``init_by_name`` switched off on a CPU; or what ``models.swap`` refuses.
     """
     if get_spmd_backend() != BACKEND:
         raise ValueError(
@@ -90,6 +97,13 @@ def moe(
             "titan_moe.override.moe with dispatcher 'deepep' needs num_max_tokens_per_rank, the most tokens "
             "of a forward on one rank, for its buffers: "
             'moe={"dispatcher":"deepep","num_max_tokens_per_rank":8192}'
+        )
+    if init_by_name:
+        draw_models_by_name()
+    elif device_type == "cpu":
+        raise ValueError(
+            "titan_moe.override.moe: init_by_name (false) on a CPU would fill the shards of all ranks with the "
+            "same numbers; remove the option"
         )
     swapped = swap_layer("MoE", config, dispatcher=dispatcher, **options)
     return derive(swapped, AdoptedMoE.Config, num_max_tokens_per_rank=num_max_tokens_per_rank)

@@ -65,6 +65,7 @@ def parallelize(
         if recompute_pin:
             regions.pin(model)
     _apply_fsdp(model, parallel_dims, training, parallelism)
+    _reduce_norms_at_once(parallel_dims)
     return model
 
 
@@ -95,6 +96,17 @@ def _apply_fsdp(
         enable_symm_mem=parallelism.enable_fsdp_symm_mem,
     )
     sum_over_gloo(model)
+
+
+def _reduce_norms_at_once(parallel_dims: ParallelDims) -> None:
+    """A parameter's norm is summed over its two sharded axes in one collective, not in two.
+
+    DTensor looks for a flattened mesh of these axes, and warns where there is none.
+    """
+    for axes in (["fsdp", "tp"], ["efsdp", "ep"]):
+        mesh = parallel_dims.get_optional_mesh(axes)
+        if mesh is not None and mesh.ndim == 2:
+            mesh._flatten()
 
 
 def sum_over_gloo(model: nn.Module) -> None:

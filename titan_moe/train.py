@@ -21,6 +21,7 @@ from torchtitan.trainer import Trainer as TorchtitanTrainer
 
 from titan_moe.checkpoint import CheckpointManager
 from titan_moe.config import ConfigError, Job, load, write_resolved
+from titan_moe.initialization import draw_models_by_name
 from titan_moe.metrics import MetricsProcessor
 from titan_moe.numerics.capture import Capture, forget_capture
 from titan_moe.numerics.section import Numerics
@@ -30,7 +31,7 @@ from titan_moe.replay.training import Place, TrainingReplay
 
 
 class Trainer(TorchtitanTrainer):
-    """torchtitan's trainer for sequences of any length, with our metrics."""
+    """torchtitan's trainer for sequences of any length, with our first weights and metrics."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(TorchtitanTrainer.Config):
@@ -58,6 +59,7 @@ class Trainer(TorchtitanTrainer):
             TorchtitanTrainer.Config.maybe_log(self)
 
     def __init__(self, config: Config) -> None:
+        draw_models_by_name()
         super().__init__(config)
         assert config.parallelism.enable_sequence_parallel == config.wants_sequence_parallel, (
             "torchtitan's constructor no longer calls maybe_log after init_distributed"

@@ -5,7 +5,6 @@ import math
 import os
 import resource
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,8 +96,7 @@ def steps_on_rank(argv: list[str], repeats: int) -> Found:
     """
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size} | ONEDNN_KERNELS  # as in training
-    logging.disable(logging.WARNING)  # what torchtitan says about its settings, once per trainer and rank
-    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)  # what torchtitan reports of its progress, once per trainer and rank
     with tempfile.TemporaryDirectory() as folder:
         quiet = ("--metrics.log_freq=1000000", "--debug.no-enable_structured_logging")
         sides = {

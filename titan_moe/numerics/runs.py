@@ -1,4 +1,4 @@
-"""Starts the runs that are compared, under torchrun, all from one seed checkpoint."""
+"""Starts the runs that are compared, under torchrun, all from the seed of their configuration."""
 
 import os
 import re
@@ -14,16 +14,6 @@ from pathlib import Path
 
 from titan_moe.numerics.load import Captured
 
-SERIAL = (
-    "--parallelism.tensor_parallel_degree=1",
-    "--parallelism.expert_parallel_degree=1",
-    "--parallelism.pipeline_parallel_degree=1",
-    "--parallelism.context_parallel_degree=1",
-    "--parallelism.data_parallel_replicate_degree=1",
-    "--parallelism.data_parallel_shard_degree=1",
-    "--moe.dispatcher=local",
-    "--training.global_batch_size=-1",
-)
 STOCK = "--model.moe=torchtitan"
 
 
@@ -63,7 +53,10 @@ class Side:
 
 
 class Runs:
-    """Captured runs in one folder, from one start; each is made once."""
+    """Captured runs in one folder; each is made once.
+
+    Runs of one model and one seed start from equal weights on every mesh (``titan_moe.initialization``).
+    """
 
     def __init__(
         self,
@@ -78,37 +71,20 @@ class Runs:
         self.folder, self.steps, self.overrides, self.progress = folder, steps, overrides, progress
         self.timeout_s = timeout_s
         self._made: dict[tuple[str, Side], Captured | RunError] = {}
-        self._start: Path | None = None
 
     def captured(self, name: str, side: Side, *further: str) -> Captured:
         """The run of ``side``, made under ``name`` unless it is there already. Raises RunError."""
         key = (name, side.but(*further))
         if key not in self._made:
-            if self._start is None:
-                self._start = self._seed(side)
-            given = (
-                *("--checkpoint.enable", f"--checkpoint.initial_load_path={self._start.resolve()}"),
-                *("--checkpoint.interval=1000000", '--checkpoint.exclude_from_loading=["dataloader"]'),
-                "--numerics.capture",
-            )
+            captured = side.but(*self.overrides, "--numerics.capture", "--checkpoint.interval=1000000", *further)
             try:
-                self._made[key] = Captured(self._run(name, side.but(*self.overrides, *given, *further)))
+                self._made[key] = Captured(self._run(name, captured))
             except RunError as error:
                 self._made[key] = error
         made = self._made[key]
         if isinstance(made, RunError):
             raise made
         return made
-
-    def _seed(self, side: Side) -> Path:
-        """A seed checkpoint of this model, made on one rank."""
-        create = (
-            "--checkpoint.enable",
-            "--checkpoint.create_seed_checkpoint",
-            "--checkpoint.folder=checkpoint",
-        )
-        serial = side.but(*self.overrides, *SERIAL, *create, ranks=1)
-        return self._run("seed", serial) / "checkpoint" / "step-0"
 
     def _run(self, name: str, side: Side) -> Path:
         """Runs to the end; returns the dump folder. Raises RunError with the log's last words."""

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         ranks_per_node = flags.ranks_per_node or (world_size // nodes if nodes > 1 else 8)
         _refuse_a_gpu()
         # Hundreds of lines of torchtitan's progress are not the plan.
-        logging.disable(logging.WARNING)
+        logging.disable(logging.INFO)
         from titan_moe.plan import findings, table
 
         found = findings.find(config, world_size, ranks_per_node)

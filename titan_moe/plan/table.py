@@ -102,8 +102,8 @@ def _alive(found: Findings, memory_gib: float) -> Iterator[str]:
 def _sent(found: Findings) -> Iterator[str]:
     yield f"{'sent to other ranks per step':46}{'GiB':>10}  {'ranks':>5}  {'nodes':>5}  carries"
     for name, amount in found.by_axis().items():
-        axis = found.axes[name]
         if name in AXES:
+            axis = found.axes[name]
             yield f"  {name:44}{amount / GIB:10.3f}  {axis.ranks:5}  {axis.nodes:5}  {AXES[name]}"
         parts: dict[str, int] = {}
         for call, part in found.sent.items():
