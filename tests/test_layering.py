@@ -28,10 +28,10 @@ LAYERS: tuple[set[str], ...] = (
     {"sharding"},
     {"moe"},
     {"replay"},
-    {"router", "border", "load_balance", "experts", "dispatch.<backend>"},
+    {"router", "border", "load_balance", "experts", "dispatch.<backend>", "initialization"},
     {"dispatch.<part>"},
     {"dispatch.ops", "dispatch.collectives", "dispatch.uniform"},
-    {"dispatch", "dispatch.base", "kernels", "data", "device", "names", "checkpoint"},
+    {"dispatch", "dispatch.base", "kernels", "data", "device", "names", "checkpoint", "blocks"},
 )
 NOT_BACKENDS = {"base", "ops", "collectives", "uniform"}
 # What the layers alone would let through.

@@ -353,7 +353,9 @@ class TestCommand:
         wrong = ("--", "--training.stepz=3")
         assert self._compare(DEBUG, DEBUG, "--out", str(tmp_path), *wrong) == 2
         said = capsys.readouterr().err
-        assert re.search(r"titan_moe: baseline failed with status .*training.stepz .* \(log: .*log.txt\)$", said)
+        assert re.search(
+            r"titan_moe: baseline failed with status .*training.stepz .* \(log: .*log.txt\)$", said
+        )
 
     @pytest.mark.slow
     def test_other_data(self, folder: Path) -> None:

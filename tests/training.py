@@ -119,7 +119,9 @@ def _compare(whole: dict[str, dict[str, torch.Tensor]], reference: str) -> dict[
             theirs[key] |= tensors
     return {
         "names": list(theirs["gradients"]),
-        "unequal_starts": [n for n, ours in whole["start"].items() if not torch.equal(ours, theirs["start"][n])],
+        "unequal_starts": [
+            n for n, ours in whole["start"].items() if not torch.equal(ours, theirs["start"][n])
+        ],
         "gradient_errors": {
             name: _distance(ours, theirs["gradients"][name], theirs["gradients"][name])
             for name, ours in whole["gradients"].items()

@@ -1,9 +1,9 @@
 """The same first weights on every mesh: a parameter is drawn by its name, not by its rank.
 
 On a CPU, DTensor has no random number tracker, and every rank fills its shard with the same numbers: of 8
-experts on 4 ranks, only 2 are different. On CUDA its tracker gives the shards different numbers, but other ones
-on another mesh. Here a parameter's first value is a function of the seed, its name and the position in the
-whole tensor (``titan_moe.blocks``), and of nothing else.
+experts on 4 ranks, only 2 are different. On CUDA its tracker gives the shards different numbers, but other
+ones on another mesh. Here a parameter's first value is a function of the seed, its name and the position
+in the whole tensor (``titan_moe.blocks``), and of nothing else.
 """
 
 import functools
@@ -18,7 +18,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.protocols.model import BaseModel
-from torchtitan.protocols.module import Module
 
 from titan_moe.blocks import Draw, Kind, fill
 from titan_moe.names import plain_name
@@ -32,9 +31,9 @@ class InitializationError(RuntimeError):
 def drawn_by_name(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
     """Inside, whatever initialises ``model`` draws numbers that are the same on every mesh.
 
-    ``normal_`` and ``uniform_`` are caught, and with them what calls them, such as ``torch.nn.init``. A parameter
-    then depends on ``seed``, its name in ``model`` and the position in the whole tensor; not on the rank, the
-    mesh, the pipeline stage, the order of construction, the device or the other parameters.
+    ``normal_`` and ``uniform_`` are caught, and with them what calls them, such as ``torch.nn.init``. A
+    parameter's values then depend on ``seed``, its name in ``model`` and the position in the whole tensor; not
+    on the rank, the mesh, the pipeline stage, the order of construction, the device or other parameters.
 
         with drawn_by_name(model, seed=0):
             model.init_states()
@@ -47,7 +46,11 @@ def drawn_by_name(model: nn.Module, *, seed: int | None = None) -> Iterator[None
         InitializationError: inside, at any other random operation; the message names it.
     """
     mode = _ByName(model, _seed_of_rank_0() if seed is None else seed)
-    tables = [(fqn, m, m._param_init) for fqn, m in model.named_modules() if getattr(m, "_param_init", None)]
+    tables: list[tuple[str, nn.Module, Any]] = [
+        (fqn, module, module._param_init)
+        for fqn, module in model.named_modules()
+        if getattr(module, "_param_init", None)
+    ]
     try:
         for fqn, module, table in tables:
             setattr(module, "_param_init", mode.naming(fqn, table))  # noqa: B010
@@ -87,10 +90,11 @@ def _seed_of_rank_0() -> int:
 class _ByName(TorchDispatchMode):
     """Answers ``normal_`` and ``uniform_`` by the name of the parameter that is being initialised.
 
-    torchtitan's modules have a table of initialisers by parameter, which ``naming`` wraps, so that the name is
-    known. Everything else, such as ``reset_parameters``, fills a parameter in place, which is known by its
-    storage. An initialiser may draw several times, also into tensors of its own: ``trunc_normal_`` draws again
-    for what fell outside, and a fused QKV weight is put together from three. So the draws of a name are numbered.
+    torchtitan's modules have a table of initialisers by parameter, which ``naming`` wraps, so that the name
+    is known. Everything else, such as ``reset_parameters``, fills a parameter in place, which is known by its
+    storage. An initialiser may draw several times, also into tensors of its own: ``trunc_normal_`` draws
+    again for what fell outside, and a fused QKV weight is put together from three. So the draws of a name are
+    numbered.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -119,9 +123,9 @@ class _ByName(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
             return func(*args, **kwargs)
         sharded = any(isinstance(arg, DTensor) for arg in args)
-        if kwargs.pop("generator", None) is not None and not sharded:
+        if kwargs.get("generator") is not None and not sharded:
             return func(*args, **kwargs)
-        if func not in _KINDS or kwargs:
+        if func not in _KINDS or any(value is not None for value in kwargs.values()):
             raise InitializationError(f"{self._where()}: {func} {_NOT_BY_NAME}")
         self._fill(func, *args)
         return args[0]
@@ -141,7 +145,9 @@ class _ByName(TorchDispatchMode):
             if name is not None:
                 self.current = name, tensor
             elif self.current is None or self.current[1].shape != tensor.shape:
-                raise InitializationError(f"{self._where()}: {func} on {_described(tensor)} {_NOT_A_PARAMETER}")
+                raise InitializationError(
+                    f"{self._where()}: {func} on {_described(tensor)} {_NOT_A_PARAMETER}"
+                )
         assert self.current is not None
         name, param = self.current
         if isinstance(param, DTensor) != isinstance(tensor, DTensor):
@@ -166,8 +172,8 @@ class _ByName(TorchDispatchMode):
 
 
 _NOT_BY_NAME = (
-    "draws random numbers that would differ from mesh to mesh; use normal_ or uniform_, or what calls them in "
-    "torch.nn.init, or fill a whole plain tensor from a torch.Generator of your own"
+    "draws random numbers that would differ from mesh to mesh; use normal_ or uniform_, or what calls them "
+    "in torch.nn.init, or fill a whole plain tensor from a torch.Generator of your own"
 )
 _NOT_A_PARAMETER = "fills a tensor of which it is not known what part of which parameter it is"
 

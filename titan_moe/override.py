@@ -82,10 +82,10 @@ def moe(
     Args:
         dispatcher: a name in ``titan_moe.dispatch.DISPATCHERS``; ``options`` are its own.
         num_max_tokens_per_rank: needed by the DeepEP library, whose buffers are sized once.
-        init_by_name: the whole model's first weights are the same on every mesh (``titan_moe.initialization``).
+        init_by_name: the model starts from the same weights on every mesh (``titan_moe.initialization``).
 
     Raises:
-        ValueError: another SPMD backend; ``init_by_name`` switched off on a CPU; or what ``models.swap`` refuses.
+        ValueError: another SPMD backend; ``init_by_name`` false on a CPU; or what ``models.swap`` refuses.
     """
     if get_spmd_backend() != BACKEND:
         raise ValueError(
@@ -102,8 +102,8 @@ def moe(
         draw_models_by_name()
     elif device_type == "cpu":
         raise ValueError(
-            "titan_moe.override.moe: init_by_name (false) on a CPU would fill the shards of all ranks with the "
-            "same numbers; remove the option"
+            "titan_moe.override.moe: init_by_name (false) on a CPU would fill the shards of all ranks with "
+            "the same numbers; remove the option"
         )
     swapped = swap_layer("MoE", config, dispatcher=dispatcher, **options)
     return derive(swapped, AdoptedMoE.Config, num_max_tokens_per_rank=num_max_tokens_per_rank)

@@ -76,7 +76,9 @@ class Runs:
         """The run of ``side``, made under ``name`` unless it is there already. Raises RunError."""
         key = (name, side.but(*further))
         if key not in self._made:
-            captured = side.but(*self.overrides, "--numerics.capture", "--checkpoint.interval=1000000", *further)
+            captured = side.but(
+                *self.overrides, "--numerics.capture", "--checkpoint.interval=1000000", *further
+            )
             try:
                 self._made[key] = Captured(self._run(name, captured))
             except RunError as error:

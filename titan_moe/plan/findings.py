@@ -9,6 +9,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 
 from titan_moe import dispatch
+from titan_moe.blocks import count_drawn
 from titan_moe.config import ConfigError, Job, load
 from titan_moe.plan.memory import Held, largest_unit
 from titan_moe.plan.rehearsal import Axis, Microbatch, Rehearsal, fake_world
@@ -42,6 +43,7 @@ class Findings:
         microbatches: by routing.
         sent: with balanced routing, by axis, collective and dtype.
         dispatchers: by name and variant; none without EP.
+        drawn: random numbers that the rank draws for its first weights, if no initialiser draws twice.
     """
 
     job: Job
@@ -56,6 +58,7 @@ class Findings:
     axes: dict[str, Axis]
     sent: Counter[Call]
     dispatchers: dict[str, DispatcherBytes]
+    drawn: int
 
     def peak(self, load: Load) -> int:
         """The most bytes at once: what is held but for gradients, and what a microbatch adds to it."""
@@ -101,6 +104,7 @@ def find(argv: Sequence[str], world_size: int, ranks_per_node: int) -> Findings:
             axes=rehearsal.axes(ranks_per_node),
             sent=sent,
             dispatchers=dict(_dispatchers(argv, world_size, layers, accumulation)) if dims.ep_enabled else {},
+            drawn=sum(count_drawn(parameter) for parameter in rehearsal.model.parameters()),
         )
 
 

@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from torchtitan.config import TORCH_DTYPE_MAP
+
+from titan_moe.blocks import seconds_per_million
 from titan_moe.plan.findings import LOADS, Findings
 
 GIB = 2**30
@@ -20,7 +23,14 @@ AXES = {
 
 def page(found: Findings, memory_gib: float) -> str:
     """The console page, GiB = 2^30 bytes."""
-    blocks = (_head(found), _held(found), _alive(found, memory_gib), _sent(found), _dispatchers(found))
+    blocks = (
+        _head(found),
+        _held(found),
+        _drawn(found),
+        _alive(found, memory_gib),
+        _sent(found),
+        _dispatchers(found),
+    )
     lines = [line for block in blocks for line in (*block, "")]
     return "\n".join([*lines, *verdict(found, memory_gib), ""])
 
@@ -51,6 +61,7 @@ def as_json(found: Findings, memory_gib: float) -> dict[str, Any]:
             for call, amount in found.sent.items()
         ],
         "sent_by_axis": found.by_axis(),
+        "numbers_drawn": found.drawn,
         "dispatchers": {name: sent._asdict() for name, sent in found.dispatchers.items()},
     }
 
@@ -82,6 +93,16 @@ def _held(found: Findings) -> Iterator[str]:
     ):
         yield f"  {title:44}{size / GIB:10.3f}"
     yield f"  {'sum':44}{sum(held) / GIB:10.3f}"
+
+
+def _drawn(found: Findings) -> Iterator[str]:
+    itemsize = TORCH_DTYPE_MAP[found.job.trainer.training.dtype].itemsize
+    excess = found.drawn * itemsize / found.held.parameters
+    took = seconds_per_million()
+    yield (
+        f"first weights: {found.drawn:,} numbers drawn, {excess:.3f} per parameter held; here "
+        f"{took * 1e3:.1f} ms per million, {took * found.drawn / 1e6:.0f} s"
+    )
 
 
 def _alive(found: Findings, memory_gib: float) -> Iterator[str]:
