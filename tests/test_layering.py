@@ -43,6 +43,21 @@ BANNED_NAMES = {"utils.py", "common.py", "helpers.py"}
 MARKS = re.compile(
     r"\b(TO" r"DO|FIX" r"ME|XX" r"X|raise NotImplemented" r"Error)\b"
 )  # split: not found in here
+# Every place that silences a message, and how often: each was read, and what it says is true and known there.
+SILENCERS = re.compile(
+    r"filterwarnings\(|simplefilter\(|\.setLevel\(|logging\.disable\(logging\.[WI]|disable\(before"
+)
+SILENCED = {
+    "titan_moe/bench/step.py": 1,  # progress of two trainers on every rank
+    "titan_moe/config/__main__.py": 1,  # torchtitan's dataclasses warn of their own defaults
+    "titan_moe/config/sections.py": 2,  # the same, and back again
+    "titan_moe/device.py": 1,  # torch says that we replace its bf16 matmuls, which we do
+    "titan_moe/metrics.py": 2,  # torchtitan's line per step, ours takes its place; and back again
+    "titan_moe/models/__main__.py": 1,  # torchtitan's dataclasses again
+    "titan_moe/models/hugging_face/export.py": 1,  # "torch.distributed is disabled": one process, as meant
+    "titan_moe/plan/__main__.py": 1,  # progress; warnings are shown
+    "titan_moe/train.py": 1,  # torchdata 0.11 calls what torch deprecates
+}
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 350, 60, 25
 
 Sources = dict[str, str]  # path relative to the repository -> text
@@ -260,6 +275,20 @@ def test_package(check, sources):
 
 def test_moe_names_no_backend(sources, backends):
     assert moe_names_backend_problems(sources["titan_moe/moe.py"], backends) == []
+
+
+def silenced(sources: Sources) -> dict[str, int]:
+    """How many places of each file silence warnings or log records."""
+    counts = {path: len(SILENCERS.findall(text)) for path, text in sources.items()}
+    return {path: count for path, count in counts.items() if count}
+
+
+def test_no_message_is_silenced_that_was_not_looked_at():
+    assert silenced(package_sources()) == SILENCED
+
+
+def test_a_new_filter_is_noticed():
+    assert silenced({"titan_moe/new.py": 'warnings.filterwarnings("ignore")'}) == {"titan_moe/new.py": 1}
 
 
 def test_readme_tree_is_the_real_tree():

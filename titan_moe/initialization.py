@@ -32,8 +32,9 @@ def drawn_by_name(model: nn.Module, *, seed: int | None = None) -> Iterator[None
     """Inside, whatever initialises ``model`` draws numbers that are the same on every mesh.
 
     ``normal_`` and ``uniform_`` are caught, and with them what calls them, such as ``torch.nn.init``. A
-    parameter's values then depend on ``seed``, its name in ``model`` and the position in the whole tensor; not
-    on the rank, the mesh, the pipeline stage, the order of construction, the device or other parameters.
+    parameter's values then depend on ``seed``, its name in ``model`` and the position in the whole tensor.
+    They do not depend on the rank, the mesh, the pipeline stage, the order of construction, the device or the
+    other parameters.
 
         with drawn_by_name(model, seed=0):
             model.init_states()
