@@ -195,9 +195,9 @@ class TestTheCheckFails:
             _replay(folder, small, sabotage=_swap_ids_behind_the_router)
 
     def test_a_run_without_a_step(self, folder: Path, small: Path) -> None:
-        _replay(folder, small, name="once")
+        _replay(folder, small, "--checkpoint.enable", name="once")
         with pytest.raises(RankError, match=r"routing_replay.check is on, and no step was checked"):
-            _replay(folder, small, name="once")  # resumes at its own last step
+            _replay(folder, small, "--checkpoint.enable", name="once")  # resumes at its own last step
 
     def test_gates(self, folder: Path, small: Path, tmp_path: Path) -> None:
         trace = _edited(small, tmp_path, _shift_tokens)
