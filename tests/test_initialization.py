@@ -26,6 +26,7 @@ from titan_moe.config import load
 from titan_moe.initialization import InitializationError, drawn_by_name
 from titan_moe.models import MODELS, build_spec
 from titan_moe.names import plain_name
+from titan_moe.plan.rehearsal import Rehearsal, fake_world
 from titan_moe.train import Trainer
 
 FP32, BF16 = "--training.dtype=float32", "--training.dtype=bfloat16"
@@ -131,6 +132,43 @@ def test_a_planted_fault_is_seen(planted: str, tmp_path: Path) -> None:
     assert found[experts][0] != right[experts][0]
     assert found[experts][1]
     assert found["layers.1.moe.router.gate.weight"][1]
+
+
+def draws_on_meta(argv: list[str], world_size: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What rank 0 would draw for the first layers of a model that no machine here can hold, in order."""
+    draws = []
+
+    def note(self: Any, func: Any, tensor: torch.Tensor, *bounds: float) -> None:
+        name = self._name_of(func, tensor)
+        draws.append((name, self.num_draws[name], func, bounds, tuple(tensor.shape), tensor.dtype))
+        self.num_draws[name] += 1
+
+    with monkeypatch.context() as patch, fake_world(world_size):
+        patch.setattr(initialization._ByName, "_fill", note)
+        # It does nothing on meta; where there are numbers, its first draw is this one.
+        first_draw = lambda tensor, mean, std, *_, **__: tensor.normal_(mean, std)  # noqa: E731
+        patch.setattr(nn.init, "_no_grad_trunc_normal_", first_draw)
+        config: Any = load(argv, world_size=world_size).trainer
+        config.model_spec.model.layers = config.model_spec.model.layers[:5]
+        model = Rehearsal(config, world_size).model.to_empty(device="meta")
+        with torch.no_grad(), drawn_by_name(model, seed=0):
+            model.init_states()
+        constant = {plain_name(n) for n, p in model.named_parameters() if p.dim() < 2}
+        assert {name for name, *_ in draws} | constant == {plain_name(n) for n, _ in model.named_parameters()}
+    return draws
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size"),
+    [("deepseek_v3_16b", 8), ("qwen3_30b_a3b", 8), ("deepseek_v3_671b", 512)],
+)
+def test_a_real_configs_draws(config: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its mesh, a rank fills each parameter by the same draws as one rank would; the weights then agree."""
+    argv = [f"train_configs/{config}.toml"]
+    alone = ["--parallelism.tensor_parallel_degree=1", "--parallelism.expert_parallel_degree=1"]
+    on_mesh = draws_on_meta(argv, world_size, monkeypatch)
+    assert on_mesh == draws_on_meta([*argv, *alone], 1, monkeypatch)
+    assert len(set(on_mesh)) == len(on_mesh)
 
 
 @pytest.mark.slow

@@ -18,9 +18,8 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-BLOCK = (
-    4096  # numbers in a block, at most; the price of a block is then a quarter of the price of its numbers
-)
+# Numbers in a block, at most. Starting a block then costs a quarter of what drawing its numbers costs.
+BLOCK = 4096
 _COLUMNS = 256  # of a block, at most: a shard of columns shares few blocks with its neighbours
 
 
