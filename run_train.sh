@@ -68,11 +68,11 @@ if [ "${COMM_MODE:-}" = fake_backend ]; then
 fi
 
 # A wrong config is one line and status 2, before any rank starts.
-"$python" -m titan_moe.config "$config" "$@" || exit $?
+"$python" -m titan_moe.trainer.config "$config" "$@" || exit $?
 
 # torchrun, and one line at the end that says which rank failed.
-exec "$python" "$root/titan_moe/launch.py" \
+exec "$python" "$root/titan_moe/trainer/launch.py" \
     --nnodes "$NNODES" --nproc-per-node "$NGPU" \
     --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}" \
     --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 \
-    -m titan_moe.train "$config" "$@"
+    -m titan_moe.trainer.train "$config" "$@"

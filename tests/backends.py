@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from titan_moe import dispatch
+from titan_moe.layer import dispatch
 
 
 def _variants(name: str) -> tuple[dict[str, Any], ...]:

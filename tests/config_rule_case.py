@@ -10,8 +10,8 @@ import pytest
 from torchtitan.tools import utils
 
 from titan_moe import models
-from titan_moe.config import ConfigError, Job, load
-from titan_moe.moe import MoE
+from titan_moe.layer.moe import MoE
+from titan_moe.trainer.config import ConfigError, Job, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Case:
         if rule == "packages_are_installed":
             monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         if rule == "sequence_reaches_tp_ranks":
-            monkeypatch.setattr("titan_moe.device.norms_keep_short_shards", lambda: False)
+            monkeypatch.setattr("titan_moe.trainer.device.norms_keep_short_shards", lambda: False)
         monkeypatch.setattr(models, "build_spec", lambda *a, **k: self.edit_passing(build_spec(*a, **k)))
         _load(tmp_path, self.passes, self.ranks)
         monkeypatch.setattr(models, "build_spec", lambda *a, **k: self.edit_failing(build_spec(*a, **k)))

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from titan_moe import router
-from titan_moe.border import SHARDED_HIDDEN, SHARDED_TOKENS, TokenBorder
-from titan_moe.dispatch.base import DispatchMetadata
-from titan_moe.moe import MoE
+from titan_moe.layer import router
+from titan_moe.layer.border import SHARDED_HIDDEN, SHARDED_TOKENS, TokenBorder
+from titan_moe.layer.dispatch.base import DispatchMetadata
+from titan_moe.layer.moe import MoE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What every kernel must do: cases ``(kernels, device) -> what is wrong``, "" for nothing; faults to find.
 
-``kernels`` has the functions of ``titan_moe.kernels.eager``.
+``kernels`` has the functions of ``titan_moe.layer.kernels.eager``.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from titan_moe.kernels import eager
+from titan_moe.layer.kernels import eager
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # (T, K, D); the last but one has two blocks of columns.

@@ -16,11 +16,11 @@ from tests import backends
 from tests.faults import FAULTS
 from tests.oracle import Case
 from tests.ranks import RankContext
-from titan_moe.dispatch.base import DispatchLimits
-from titan_moe.experts import Save
-from titan_moe.moe import GroupedExperts, MoE, RoutedExperts
-from titan_moe.router import TokenChoiceTopKRouter
-from titan_moe.sharding import shard_moe
+from titan_moe.layer.dispatch.base import DispatchLimits
+from titan_moe.layer.experts import GroupedExperts, Save
+from titan_moe.layer.moe import MoE, RoutedExperts
+from titan_moe.layer.router import TokenChoiceTopKRouter
+from titan_moe.parallel.sharding import shard_moe
 
 
 @dataclass(frozen=True, kw_only=True)

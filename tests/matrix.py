@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.matrix_cell_run import LIMITS, Held, Matrix
 from tests.matrix_cells import CELLS, REFUSED, ROOT, Cell
 from tests.ranks import RankError, RankTimeout, close_pools
-from titan_moe.config import ConfigError, load
+from titan_moe.trainer.config import ConfigError, load
 
 MARKS = ("<!-- python -m tests.matrix -->", "<!-- end -->")
 

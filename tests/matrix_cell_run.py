@@ -12,7 +12,7 @@ import torch
 from tests.matrix_cells import ROOT, STEPS, Cell
 from tests.ranks import run_ranks
 from tests.training import train
-from titan_moe.moe import MoE
+from titan_moe.layer.moe import MoE
 
 CONFIG = str(ROOT / "train_configs" / "debug_local.toml")
 QUIET = "--debug.no-enable_structured_logging"

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.faults import FAULTS
 from tests.ranks import close_pools, run_ranks
 from tests.training import train
-from titan_moe.moe import MoE
+from titan_moe.layer.moe import MoE
 from titan_moe.numerics import svg
 from titan_moe.numerics.tolerance import relative
 

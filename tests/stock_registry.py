@@ -7,10 +7,10 @@ from torchtitan.models.deepseek_v3 import model_registry
 from torchtitan.trainer import Trainer
 
 from tests.training import NUM_LAYERS
-from titan_moe.config import load
-from titan_moe.metrics import MetricsProcessor
 from titan_moe.models.stock import keep_spec
-from titan_moe.train import _as
+from titan_moe.trainer.config import load
+from titan_moe.trainer.metrics import MetricsProcessor
+from titan_moe.trainer.train import _as
 
 CONFIG = Path(__file__).parent.parent / "train_configs" / "debug_local.toml"
 

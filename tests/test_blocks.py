@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from titan_moe import blocks
-from titan_moe.blocks import BLOCK, Draw, block_sides, count_drawn, fill
+from titan_moe.parallel import blocks
+from titan_moe.parallel.blocks import BLOCK, Draw, block_sides, count_drawn, fill
 
 SHAPES = [
     (),

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tests.faults import FAULTS
 from tests.ranks import Mode, RankContext, run_ranks
-from titan_moe.border import SHARDED_HIDDEN, SHARDED_TOKENS, TokenBorder
+from titan_moe.layer.border import SHARDED_HIDDEN, SHARDED_TOKENS, TokenBorder
 
 RANKS, D = 4, 8
 BORDERS = {"tokens": SHARDED_TOKENS, "hidden": SHARDED_HIDDEN}

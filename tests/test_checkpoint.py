@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.ranks import RankContext, RankError, run_ranks
 from tests.training import NUM_LAYERS, train
-from titan_moe.checkpoint import (
+from titan_moe.trainer.checkpoint import (
     CheckpointError,
     CheckpointManager,
     complete,
@@ -32,8 +32,8 @@ from titan_moe.checkpoint import (
     exported,
     unfinished,
 )
-from titan_moe.config import load
-from titan_moe.train import Trainer
+from titan_moe.trainer.config import load
+from titan_moe.trainer.train import Trainer
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "train_configs" / "debug_local.toml")

@@ -15,14 +15,14 @@ from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
-from titan_moe import dispatch
-from titan_moe.config import ConfigError, Job, load, write_resolved
-from titan_moe.config.job import world_size_from_env
-from titan_moe.config.sections import OUR_DEFAULTS, every_key, keys_of
-from titan_moe.data import TOKENIZER_DIR, TextDataLoader
-from titan_moe.dispatch.base import DispatchLimits
-from titan_moe.dispatch.local import LocalDispatcher
-from titan_moe.moe import MoE
+from titan_moe.layer import dispatch
+from titan_moe.layer.dispatch.base import DispatchLimits
+from titan_moe.layer.dispatch.local import LocalDispatcher
+from titan_moe.layer.moe import MoE
+from titan_moe.trainer.config import ConfigError, Job, load, write_resolved
+from titan_moe.trainer.config.job import world_size_from_env
+from titan_moe.trainer.config.sections import OUR_DEFAULTS, every_key, keys_of
+from titan_moe.trainer.data import TOKENIZER_DIR, TextDataLoader
 
 ROOT = Path(__file__).parent.parent
 TRAIN_CONFIGS = sorted((ROOT / "train_configs").glob("*.toml"))

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import pytest
 
-from titan_moe.config.coerce import Mismatch, coerce
-from titan_moe.config.toml import Text
+from titan_moe.trainer.config.coerce import Mismatch, coerce
+from titan_moe.trainer.config.toml import Text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``python -m titan_moe.config``: what it says of wrong files, of the shipped ones, and on its page."""
+"""``python -m titan_moe config``: what it says of wrong files, of the shipped ones, and on its page."""
 
 import re
 import shlex
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from titan_moe import models
-from titan_moe.config import ConfigError, Job, load, write_resolved
-from titan_moe.config.__main__ import main
-from titan_moe.config.sections import OUR_DEFAULTS
-from titan_moe.moe import MoE
+from titan_moe.layer.moe import MoE
+from titan_moe.trainer.config import ConfigError, Job, load, write_resolved
+from titan_moe.trainer.config.__main__ import main
+from titan_moe.trainer.config.sections import OUR_DEFAULTS
 
 ROOT = Path(__file__).parent.parent
 TRAIN_CONFIGS = sorted((ROOT / "train_configs").glob("*.toml"))
@@ -112,7 +112,7 @@ def test_wrong_configs_in_process(
 
 @pytest.mark.parametrize("case", ["typo in a key", "missing file"])
 def test_wrong_configs_as_a_command(tmp_path: Path, case: str) -> None:
-    command = [sys.executable, "-m", "titan_moe.config", _wrong_file(tmp_path, case)]
+    command = [sys.executable, "-m", "titan_moe.trainer.config", _wrong_file(tmp_path, case)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert re.match(rf"titan_moe: .*{WRONG[case][1]}", done.stderr)

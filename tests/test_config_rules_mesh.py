@@ -6,8 +6,8 @@ import pytest
 from torchtitan.models.common.attention import VarlenAttention
 
 from tests.config_rule_case import Case, attention, experts, model, rows
-from titan_moe.config.rules import experts as expert_rules
-from titan_moe.config.rules import mesh
+from titan_moe.trainer.config.rules import experts as expert_rules
+from titan_moe.trainer.config.rules import mesh
 
 _P = "--parallelism."
 _PP2 = f"{_P}pipeline_parallel_degree 2"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.config_rule_case import Case, rows
-from titan_moe.config.rules import numerics, stock
+from titan_moe.trainer.config.rules import numerics, stock
 
 _STOCK = "--model.moe torchtitan"
 _EP2, _TP2 = "--parallelism.expert_parallel_degree 2", "--parallelism.tensor_parallel_degree 2"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.config_rule_case import Case, rows
-from titan_moe.config.rules import replay
+from titan_moe.trainer.config.rules import replay
 
 _R = "--routing_replay."
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.config_rule_case import Case, experts, model, rows
-from titan_moe.config.rules import RULES, mesh, numerics, replay, run, stock
-from titan_moe.config.rules import experts as expert_rules
-from titan_moe.config.sections import every_key
-from titan_moe.data import TOKENIZER_DIR
+from titan_moe.trainer.config.rules import RULES, mesh, numerics, replay, run, stock
+from titan_moe.trainer.config.rules import experts as expert_rules
+from titan_moe.trainer.config.sections import every_key
+from titan_moe.trainer.data import TOKENIZER_DIR
 
 _GROUPS = "--optimizer.param_groups"
 _IN_HF = "--checkpoint.enable --checkpoint.last_save_in_hf --checkpoint.last_save_model_only"

@@ -19,7 +19,7 @@ from titan_moe.bench.bytes_moved import FREE, GEMMS, ByteCounter
 from titan_moe.bench.contestants import LAYERS, OVER_RANKS, STOCK, LayerRun, Problem
 from titan_moe.bench.memory import saved_bytes_of
 from titan_moe.bench.shapes import Shape
-from titan_moe.kernels import native
+from titan_moe.layer.kernels import native
 
 SHAPE = Shape(T=256, D=64, F=32, E=8, K=2)
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::clone", "aten::contiguous", "aten::cat", "aten::stack"}

@@ -11,10 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
-from titan_moe.data import TOKENIZER_DIR, DataError, TextDataLoader, bpe
-from titan_moe.data.__main__ import main
-from titan_moe.data.corpus import Corpus, files_corpus, stdlib_corpus
-from titan_moe.data.packing import PackedStream
+from titan_moe.trainer.data import TOKENIZER_DIR, DataError, TextDataLoader, bpe
+from titan_moe.trainer.data.__main__ import main
+from titan_moe.trainer.data.corpus import Corpus, files_corpus, stdlib_corpus
+from titan_moe.trainer.data.packing import PackedStream
 
 BOS, EOS = 256, 257
 
@@ -72,7 +72,7 @@ def rows(batch):
 
 
 def reference_stream(path, *, seq_len=8, seed=0):
-    """The endless stream in plain Python, with no code of titan_moe.data.packing in it."""
+    """The endless stream in plain Python, with no code of titan_moe.trainer.data.packing in it."""
     corpus, tokenizer, flat = files_corpus([str(path)]), ByteTokenizer(), []
     for epoch in itertools.count():
         for index in corpus.order(seed=seed, epoch=epoch):

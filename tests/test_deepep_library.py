@@ -38,10 +38,10 @@ from tests.test_dispatch import (
     expected_rows,
     groups,
 )
-from titan_moe.dispatch import deepep_library
-from titan_moe.dispatch.base import DispatchLimits, DispatchMetadata, Routing, Traffic
-from titan_moe.dispatch.deepep import DeepEPDispatcher
-from titan_moe.dispatch.deepep_library import Library
+from titan_moe.layer.dispatch import deepep_library
+from titan_moe.layer.dispatch.base import DispatchLimits, DispatchMetadata, Routing, Traffic
+from titan_moe.layer.dispatch.deepep.dispatcher import DeepEPDispatcher
+from titan_moe.layer.dispatch.deepep.library import Library
 
 # No code of ours touches a device because of them.
 CUDA = DispatchLimits(

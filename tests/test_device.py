@@ -20,7 +20,7 @@ from torchtitan.tools import utils
 
 from tests.matrix import refusal
 from tests.ranks import RankContext, run_ranks
-from titan_moe import device
+from titan_moe.trainer import device
 
 on_cpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
 
@@ -242,7 +242,7 @@ from torchtitan.tools import utils
 assert utils.device_type == "cuda", utils.device_type
 stale = [n for n, m in sys.modules.items() if n.startswith("torchtitan.") and hasattr(m, "device_type")]
 assert len(stale) > 3, stale
-import titan_moe.moe
+import titan_moe.layer.moe
 wrong = [n for n in stale if sys.modules[n].device_type != "cpu"]
 assert not wrong, wrong
 modules = {id(m.device_module) for n, m in sys.modules.items()

@@ -1,4 +1,4 @@
-"""The dispatcher contract of titan_moe/dispatch/base.py, for every registered dispatcher and EP size.
+"""The dispatcher contract of titan_moe/layer/dispatch/base.py, for every registered dispatcher and EP size.
 
 No backend is named here: what a dispatcher serves and promises comes from its class facts and its Config, so
 that a new line in DISPATCHERS brings its own tests. Tokens and routes are made up, no router takes part.
@@ -23,9 +23,9 @@ from tests import backends
 from tests.backends import BACKENDS, load, promises
 from tests.oracle import swiglu
 from tests.ranks import Mode, RankContext, run_ranks
-from titan_moe import dispatch
-from titan_moe.dispatch.base import DispatchLimits, DispatchMetadata, Routing, TokenDispatcher
-from titan_moe.moe import GroupedExperts
+from titan_moe.layer import dispatch
+from titan_moe.layer.dispatch.base import DispatchLimits, DispatchMetadata, Routing, TokenDispatcher
+from titan_moe.layer.experts import GroupedExperts
 
 RANKS, E, D, F = 4, 8, 16, 8
 EP_SIZES = (1, 2, 4)

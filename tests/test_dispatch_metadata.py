@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from titan_moe.dispatch.base import DispatchMetadata
+from titan_moe.layer.dispatch.base import DispatchMetadata
 
 GRID = list(itertools.product((1, 2, 3), range(10), (1, 2, 3, 4)))  # B, L, sp_size
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from titan_moe.dispatch.ops import Slots, gather_rows
-from titan_moe.experts import Save, swiglu_experts
-from titan_moe.moe import GroupedExperts
+from titan_moe.layer.dispatch.ops import Slots, gather_rows
+from titan_moe.layer.experts import GroupedExperts, Save, swiglu_experts
 
 D, F, T, K = 16, 24, 7, 2
 COUNTS = {"some": [3, 0, 5, 1], "one": [0, 9, 0, 0], "none": [0, 0, 0, 0]}

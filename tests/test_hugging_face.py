@@ -23,11 +23,11 @@ from tests import tiny_models
 from tests.ranks import run_ranks
 from tests.tiny_models import NUM_EXPERTS, VOCAB, deepseek, hf_deepseek, hf_qwen3_moe, qwen3_moe, scramble
 from titan_moe import models
-from titan_moe.checkpoint import CheckpointManager as OurManager
-from titan_moe.data import TOKENIZER_DIR
-from titan_moe.models.__main__ import main
 from titan_moe.models.hugging_face.config_json import HuggingFaceError, difference, hf_config
 from titan_moe.models.hugging_face.folder import EXPERT_BIAS
+from titan_moe.trainer.checkpoint import CheckpointManager as OurManager
+from titan_moe.trainer.convert import main
+from titan_moe.trainer.data import TOKENIZER_DIR
 
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install -e '.[dev]'")
 

@@ -20,14 +20,14 @@ from tests.matrix_cell_run import CONFIG, QUIET, TIMEOUT_S
 from tests.matrix_cells import CELLS, Cell
 from tests.ranks import RankContext, run_ranks
 from tests.training import train
-from titan_moe import initialization
-from titan_moe.blocks import Draw
-from titan_moe.config import load
-from titan_moe.initialization import InitializationError, drawn_by_name
+from titan_moe.layer.names import plain_name
 from titan_moe.models import MODELS, build_spec
-from titan_moe.names import plain_name
+from titan_moe.parallel import initialization
+from titan_moe.parallel.blocks import Draw
+from titan_moe.parallel.initialization import InitializationError, drawn_by_name
 from titan_moe.plan.rehearsal import Rehearsal, fake_world
-from titan_moe.train import Trainer
+from titan_moe.trainer.config import load
+from titan_moe.trainer.train import Trainer
 
 FP32, BF16 = "--training.dtype=float32", "--training.dtype=bfloat16"
 
@@ -51,7 +51,7 @@ def first_weights(ctx: RankContext, argv: list[str], planted: str = "") -> dict[
     undo = pytest.MonkeyPatch()
     if planted == "by rank":
         undo.setattr(BaseModel, "init_weights", BaseModel.init_weights.__wrapped__)
-        undo.setattr("titan_moe.train.draw_models_by_name", lambda: None)
+        undo.setattr("titan_moe.trainer.train.draw_models_by_name", lambda: None)
     elif planted == "no block":
         undo.setattr(initialization, "fill", _without_blocks)
     try:
@@ -163,7 +163,7 @@ def draws_on_meta(argv: list[str], world_size: int, monkeypatch: pytest.MonkeyPa
     [("deepseek_v3_16b", 8), ("qwen3_30b_a3b", 8), ("deepseek_v3_671b", 512)],
 )
 def test_a_real_configs_draws(config: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On its mesh, a rank fills each parameter by the same draws as one rank would; the weights then agree."""
+    """On its mesh, a rank fills each parameter by the draws of one rank alone, so that the weights agree."""
     argv = [f"train_configs/{config}.toml"]
     alone = ["--parallelism.tensor_parallel_degree=1", "--parallelism.expert_parallel_degree=1"]
     on_mesh = draws_on_meta(argv, world_size, monkeypatch)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.kernel_cases import CASES, FAULTS, FUNCTIONS, by_halves, inputs
-from titan_moe.kernels import eager, native, ops
+from titan_moe.layer.kernels import eager, native, ops
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -96,12 +96,12 @@ def test_torch_accepts_the_op(name: str) -> None:
 def test_a_gpu_without_triton_takes_eager(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
     if not installed:
         monkeypatch.setitem(sys.modules, "triton", None)  # an import of it fails
-        monkeypatch.delitem(sys.modules, "titan_moe.kernels.gpu", raising=False)
-        monkeypatch.delattr("titan_moe.kernels.gpu", raising=False)
+        monkeypatch.delitem(sys.modules, "titan_moe.layer.kernels.gpu", raising=False)
+        monkeypatch.delattr("titan_moe.layer.kernels.gpu", raising=False)
     ops.gpu_kernels.cache_clear()
     name = ops.gpu_kernels().__name__
     ops.gpu_kernels.cache_clear()
-    assert name == ("titan_moe.kernels.gpu" if installed else "titan_moe.kernels.eager")
+    assert name == ("titan_moe.layer.kernels.gpu" if installed else "titan_moe.layer.kernels.eager")
 
 
 class TestWithoutALibrary:

@@ -1,4 +1,4 @@
-"""titan_moe/kernels/gpu.py against eager: in Triton's interpreter on a CPU, as PTX, and on a GPU, if any.
+"""layer/kernels/gpu.py against eager: in Triton's interpreter on a CPU, as PTX, and on a GPU, if any.
 
 The interpreter must be chosen before Triton is imported, so one subprocess (this module) runs
 every case there. It runs the kernels' text in numpy: indices, masks, order and rounding of each operation.
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.kernel_cases import CASES, difference
-from titan_moe.kernels import eager
+from titan_moe.layer.kernels import eager
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +51,7 @@ def interpret() -> None:
     """The subprocess: prints ``{case: verdict}``."""
     torch.set_num_threads(1)
     convert_bf16_as_torch_does()
-    from titan_moe.kernels import gpu
+    from titan_moe.layer.kernels import gpu
 
     print(json.dumps({name: case(gpu, "cpu") for name, case in CASES.items()}))
 
@@ -96,7 +96,7 @@ def instructions(kernel: Any, types: dict[str, str], constants: dict[str, Any], 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """The instructions of the two kernels with sums of products: as launched, and with fusion."""
-    from titan_moe.kernels import gpu
+    from titan_moe.layer.kernels import gpu
 
     bf16, fp32, ints = "*bf16", "*fp32", {"place": "*i64", "order": "*i64", "D": "i32"}
     forward = {"out": bf16, "y": bf16, "also": bf16, "scores": fp32, "present": "*i1", **ints}
@@ -134,14 +134,14 @@ def test_fusion_would_be_seen(compiled):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_on_the_gpu(name):
-    import titan_moe.kernels.ops  # noqa: F401  (registers them)
+    import titan_moe.layer.kernels.ops  # noqa: F401  (registers them)
 
     assert CASES[name](torch.ops.titan_moe, "cuda") == ""
 
 
 @pytest.mark.gpu
 def test_on_the_gpu_past_2_31_elements():
-    from titan_moe.kernels import gpu
+    from titan_moe.layer.kernels import gpu
 
     N, D = 2**20 + 8, 2048
     if torch.cuda.mem_get_info()[0] < 12 * N * D:

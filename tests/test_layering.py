@@ -11,34 +11,47 @@ from pathlib import Path
 
 import pytest
 
-from titan_moe.dispatch import DISPATCHERS
+from titan_moe.layer.dispatch import DISPATCHERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "titan_moe"
 
-# From the top down: a module imports from the layers below its own and from its own folder, nothing else.
-# Models sit on parallelize because torchtitan's ModelSpec carries its parallelize function.
-LAYERS: tuple[set[str], ...] = (
+# From the top down: a folder imports from the folders below its own, nothing else.
+FOLDERS: tuple[set[str], ...] = (
+    {"__main__"},
     {"bench"},
-    {"train", "override", "plan"},
-    {"config"},
-    {"numerics", "metrics"},
+    {"plan", "override"},
+    {"trainer"},
+    {"numerics"},
     {"models"},
-    {"parallelize"},
-    {"sharding"},
-    {"moe"},
+    {"parallel"},
     {"replay"},
-    {"router", "border", "load_balance", "experts", "dispatch.<backend>", "initialization"},
-    {"dispatch.<part>"},
-    {"dispatch.ops", "dispatch.collectives", "dispatch.uniform"},
-    {"dispatch", "dispatch.base", "kernels", "data", "device", "names", "checkpoint", "blocks"},
+    {"layer"},
 )
-NOT_BACKENDS = {"base", "ops", "collectives", "uniform"}
-# What the layers alone would let through.
-NEVER = {
-    ("replay", "moe"): "replay reaches layers through the router, by key",
-    ("numerics", "moe"): "numerics works on any nn.Module",
+# Inside these folders the files have an order of their own.
+INSIDE: dict[str, tuple[set[str], ...]] = {
+    "layer": (
+        {"moe"},
+        {"router", "border", "load_balance", "experts", "dispatch.<backend>"},
+        {"dispatch.<part>"},
+        {"dispatch.ops", "dispatch.collectives", "dispatch.uniform"},
+        {"dispatch", "dispatch.base"},
+        {"kernels", "layout", "grouped_mm", "recomputation", "names"},
+    ),
+    "parallel": ({"parallelize"}, {"limits"}, {"sharding", "initialization"}, {"blocks"}),
+    "trainer": (
+        {"train", "convert"},
+        {"config"},
+        {"checkpoint", "data", "device", "launch", "metrics"},
+    ),
 }
+NOT_BACKENDS = {"base", "ops", "collectives", "uniform"}
+# What the order alone would let through.
+NEVER = {
+    ("replay", "layer.moe"): "replay reaches layers through the router, by key",
+    ("numerics", "layer.moe"): "numerics works on any nn.Module",
+}
+MAX_ENTRIES = 12
 BANNED_NAMES = {"utils.py", "common.py", "helpers.py"}
 MARKS = re.compile(
     r"\b(TO" r"DO|FIX" r"ME|XX" r"X|raise NotImplemented" r"Error)\b"
@@ -49,14 +62,14 @@ SILENCERS = re.compile(
 )
 SILENCED = {
     "titan_moe/bench/step.py": 1,  # progress of two trainers on every rank
-    "titan_moe/config/__main__.py": 1,  # torchtitan's dataclasses warn of their own defaults
-    "titan_moe/config/sections.py": 2,  # the same, and back again
-    "titan_moe/device.py": 1,  # torch says that we replace its bf16 matmuls, which we do
-    "titan_moe/metrics.py": 2,  # torchtitan's line per step, ours takes its place; and back again
-    "titan_moe/models/__main__.py": 1,  # torchtitan's dataclasses again
+    "titan_moe/trainer/config/__main__.py": 1,  # torchtitan's dataclasses warn of their own defaults
+    "titan_moe/trainer/config/sections.py": 2,  # the same, and back again
+    "titan_moe/trainer/device.py": 1,  # torch says that we replace its bf16 matmuls, which we do
+    "titan_moe/trainer/metrics.py": 2,  # torchtitan's line per step, ours takes its place; and back again
+    "titan_moe/trainer/convert.py": 1,  # torchtitan's dataclasses again
     "titan_moe/models/hugging_face/export.py": 1,  # "torch.distributed is disabled": one process, as meant
     "titan_moe/plan/__main__.py": 1,  # progress; warnings are shown
-    "titan_moe/train.py": 1,  # torchdata 0.11 calls what torch deprecates
+    "titan_moe/trainer/train.py": 1,  # torchdata 0.11 calls what torch deprecates
 }
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 350, 60, 25
 
@@ -72,7 +85,7 @@ def package_sources() -> Sources:
 
 
 def module_name(path: str) -> str:
-    """``titan_moe/dispatch/ops.py`` -> ``titan_moe.dispatch.ops``; a package is named by its folder."""
+    """``titan_moe/layer/moe.py`` -> ``titan_moe.layer.moe``; a package is named by its folder."""
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
@@ -93,25 +106,27 @@ def imported_modules(path: str, text: str, modules: set[str]) -> Iterator[tuple[
                     yield (inner if inner in modules else source), node.lineno
 
 
-def layer_key(module: str) -> str:
-    """The name under which LAYERS lists a module."""
-    parts = module.split(".")[1:]
-    if parts[0] == "dispatch" and len(parts) > 1 and parts[1] != "__main__":
+def place(module: str) -> tuple[str, str]:
+    """The folder and the name under which FOLDERS and INSIDE list a module."""
+    folder, *inner = module.split(".")[1:]
+    if folder not in INSIDE or not inner:
+        return folder, ""
+    if inner[0] == "dispatch" and len(inner) > 1:
         if owner(module):
-            return "dispatch.<part>"
-        return f"dispatch.{parts[1]}" if parts[1] in NOT_BACKENDS else "dispatch.<backend>"
-    return parts[0]
+            return folder, "dispatch.<part>"
+        return folder, f"dispatch.{inner[1]}" if inner[1] in NOT_BACKENDS else "dispatch.<backend>"
+    return folder, inner[0]
 
 
 def owner(module: str) -> str | None:
-    """The backend that a module is a part of: ``foo_rows`` is one of ``foo``."""
-    name = module.rsplit(".", 1)[-1]
-    return next((backend for backend in DISPATCHERS if name.startswith(f"{backend}_")), None)
+    """The backend that a module is a part of: the files beside ``dispatcher`` in a backend's own folder."""
+    _, _, *inner = module.split(".")[1:]
+    return inner[0] if len(inner) == 2 and inner[0] in DISPATCHERS and inner[1] != "dispatcher" else None
 
 
-def layer(key: str) -> int | None:
-    """How far down; None for a module that LAYERS does not know."""
-    return next((depth for depth, names in enumerate(LAYERS) if key in names), None)
+def depth(order: tuple[set[str], ...], name: str) -> int | None:
+    """How far down; None for a name that the order does not know."""
+    return next((number for number, names in enumerate(order) if name in names), None)
 
 
 def import_problems(sources: Sources) -> list[str]:
@@ -125,8 +140,8 @@ def import_problems(sources: Sources) -> list[str]:
             if target == PACKAGE:
                 continue
             if module == PACKAGE:
-                if layer_key(target) != "device":
-                    problems.append(f"{where}: `import titan_moe` loads titan_moe.device only")
+                if target != f"{PACKAGE}.trainer.device":
+                    problems.append(f"{where}: `import titan_moe` loads titan_moe.trainer.device only")
                 continue
             problems += [f"{where}: {reason}" for reason in [forbidden(module, target)] if reason]
     return problems
@@ -134,23 +149,53 @@ def import_problems(sources: Sources) -> list[str]:
 
 def forbidden(module: str, target: str) -> str | None:
     """Why ``module`` must not import ``target``; None when it may."""
-    own, other = layer_key(module), layer_key(target)
-    if other == "train" and own != "bench":
+    (folder, own), (other_folder, other) = place(module), place(target)
+    if other == "train" and folder != "bench":
         return "nothing but a bench imports train"
-    if (own, other) in NEVER:
-        return NEVER[own, other]
-    if own == other and own != "dispatch.<backend>":
-        return None
+    if (reason := NEVER.get((folder, f"{other_folder}.{other}"))) is not None:
+        return reason
+    if folder != other_folder:
+        return _not_above(FOLDERS, folder, other_folder, "FOLDERS")
     if own == other:
-        return None if module == target else "a backend never imports another"
-    if other == "dispatch.<part>" and owner(target) != module.rsplit(".", 1)[-1]:
+        one_backend = module.split(".")[3:4] == target.split(".")[3:4]
+        return None if own != "dispatch.<backend>" or one_backend else "a backend never imports another"
+    if other == "dispatch.<part>" and owner(target) != module.split(".")[3]:
         return f"a part of {owner(target)} is nobody else's"
-    depth, other_depth = layer(own), layer(other)
-    if module.endswith(".__main__"):
-        depth = 0  # a command uses what it likes; only its own package must not need it
-    if depth is None or other_depth is None:
-        return f"tests/test_layering.py: LAYERS has no place for {own if depth is None else other}"
-    return None if depth < other_depth else f"imports point downwards, and {own} is not above {other}"
+    return _not_above(INSIDE[folder], own, other, f"INSIDE[{folder!r}]")
+
+
+def _not_above(order: tuple[set[str], ...], own: str, other: str, name: str) -> str | None:
+    if depth(order, own) is None or depth(order, other) is None:
+        return (
+            f"tests/test_layering.py: {name} has no place for {own if depth(order, own) is None else other}"
+        )
+    above = depth(order, own) < depth(order, other)  # type: ignore[operator]
+    return None if above else f"imports point downwards, and {own} is not above {other}"
+
+
+def circle_problems(sources: Sources) -> list[str]:
+    """Modules that import each other, directly or over others; imports inside functions count."""
+    modules = {module_name(path) for path in sources}
+    uses = {
+        module_name(path): {target for target, _ in imported_modules(path, text, modules)} & modules
+        for path, text in sources.items()
+    }
+    for module in list(uses):  # a package's __init__ is not a part of the way to the files beside it
+        uses[module] -= {module}
+    done: set[str] = set()
+    problems: list[str] = []
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        if module in way:
+            problems.append(" imports ".join((*way[way.index(module) :], module)))
+        elif module not in done:
+            for target in sorted(uses[module]):
+                visit(target, (*way, module))
+            done.add(module)
+
+    for module in sorted(uses):
+        visit(module, ())
+    return problems
 
 
 def moe_names_backend_problems(moe: str, backends: dict[str, str]) -> list[str]:
@@ -164,7 +209,7 @@ def moe_names_backend_problems(moe: str, backends: dict[str, str]) -> list[str]:
             name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", getattr(node, "name", ""))
             found = name if name in backends.values() else ""
         if found:
-            problems.append(f"{PACKAGE}/moe.py:{node.lineno}: names the backend {found!r}")
+            problems.append(f"{PACKAGE}/layer/moe.py:{node.lineno}: names the backend {found!r}")
     return problems
 
 
@@ -245,7 +290,7 @@ def registered_dispatchers(source: str) -> dict[str, str]:
         if any(isinstance(target, ast.Name) and target.id == "DISPATCHERS" for target in targets):
             registry = ast.literal_eval(node.value)
             return {name: place.split(":")[1] for name, place in registry.items()}
-    raise AssertionError("titan_moe/dispatch/__init__.py has no DISPATCHERS = {...} of plain strings")
+    raise AssertionError("titan_moe/layer/dispatch/__init__.py has no DISPATCHERS = {...} of plain strings")
 
 
 def dispatcher_docs_problems(docs: str, names: set[str]) -> list[str]:
@@ -262,10 +307,10 @@ def sources() -> Sources:
 @pytest.fixture(scope="module")
 def backends(sources: Sources) -> dict[str, str]:
     """The registry as it is."""
-    return registered_dispatchers(sources["titan_moe/dispatch/__init__.py"])
+    return registered_dispatchers(sources["titan_moe/layer/dispatch/__init__.py"])
 
 
-CHECKS = [import_problems, size_problems, docstring_problems, name_and_mark_problems]
+CHECKS = [import_problems, circle_problems, size_problems, docstring_problems, name_and_mark_problems]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -274,7 +319,7 @@ def test_package(check, sources):
 
 
 def test_moe_names_no_backend(sources, backends):
-    assert moe_names_backend_problems(sources["titan_moe/moe.py"], backends) == []
+    assert moe_names_backend_problems(sources["titan_moe/layer/moe.py"], backends) == []
 
 
 def silenced(sources: Sources) -> dict[str, int]:
@@ -289,6 +334,30 @@ def test_no_message_is_silenced_that_was_not_looked_at():
 
 def test_a_new_filter_is_noticed():
     assert silenced({"titan_moe/new.py": 'warnings.filterwarnings("ignore")'}) == {"titan_moe/new.py": 1}
+
+
+def test_the_package_is_a_table_of_contents():
+    entries = [path.name for path in (ROOT / PACKAGE).iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= MAX_ENTRIES, entries
+
+
+def test_functions_fit_on_a_screen(sources):
+    """Half of them in 8 lines, nine of ten in 22; ``size_problems`` holds the longest."""
+    lengths = sorted(
+        length(node, docstring=False)
+        for text in sources.values()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    assert (lengths[len(lengths) // 2], lengths[len(lengths) * 9 // 10]) <= (8, 22)
+    assert lengths[len(lengths) * 9 // 10] <= 22
+
+
+def test_the_layer_stays_small(sources):
+    """Without its kernels and the DeepEP library's transport."""
+    apart = ("titan_moe/layer/kernels/", "titan_moe/layer/dispatch/deepep/library.py")
+    own = {p: t for p, t in sources.items() if p.startswith("titan_moe/layer/") and not p.startswith(apart)}
+    assert sum(text.count("\n") for text in own.values()) <= 2000
 
 
 def test_readme_tree_is_the_real_tree():
@@ -317,41 +386,47 @@ def test_docs_list_every_dispatcher(backends):
 
 DOC = '"""D."""\n'
 BROKEN_IMPORTS = {
-    "up": ("router.py", "from titan_moe.moe import MoE", "router is not above moe"),
-    "up, as a module": ("moe.py", "from titan_moe import sharding", "moe is not above sharding"),
-    "up, relative": ("moe.py", "from .models import swap", "moe is not above models"),
-    "up, plain import": ("sharding.py", "import titan_moe.parallelize", "sharding is not above parallelize"),
-    "up, inside a function": (
-        "parallelize.py",
-        "def f():\n    from titan_moe.config import load",
-        "parallelize is not above config",
+    "up": ("layer/router.py", "from titan_moe.layer.moe import MoE", "router is not above moe"),
+    "up, as a module": ("layer/moe.py", "from titan_moe import parallel", "layer is not above parallel"),
+    "up, relative": ("layer/moe.py", "from ..models import swap", "layer is not above models"),
+    "up, plain import": (
+        "parallel/limits.py",
+        "import titan_moe.parallel.parallelize",
+        "limits is not above",
     ),
-    "sideways": ("metrics.py", "from titan_moe.numerics import x", "metrics is not above numerics"),
+    "up, inside a function": (
+        "parallel/parallelize.py",
+        "def f():\n    from titan_moe.trainer.config import load",
+        "parallel is not above trainer",
+    ),
+    "up, from a command": ("models/__main__.py", "import titan_moe.trainer.config", "not above trainer"),
+    "sideways": ("plan/table.py", "from titan_moe.override import moe", "plan is not above override"),
     "a part to another backend": (
-        "dispatch/all_to_all.py",
-        "from titan_moe.dispatch.deepep_c10d import x",
+        "layer/dispatch/all_to_all.py",
+        "from titan_moe.layer.dispatch.deepep.c10d import x",
         "a part of deepep is nobody else's",
     ),
-    "backend to backend": ("dispatch/local.py", "from .all_to_all import X", "never imports another"),
+    "backend to backend": ("layer/dispatch/local.py", "from .all_to_all import X", "never imports another"),
     "base to backend": (
-        "dispatch/base.py",
-        "from titan_moe.dispatch import local",
+        "layer/dispatch/base.py",
+        "from titan_moe.layer.dispatch import local",
         "not above dispatch.<backend>",
     ),
-    "replay to moe": ("replay/slots.py", "import titan_moe.moe", "through the router"),
-    "numerics to moe": ("numerics/capture.py", "from titan_moe.moe import MoE", "any nn.Module"),
-    "numerics' command to moe": ("numerics/__main__.py", "from titan_moe.moe import MoE", "any nn.Module"),
-    "to train": ("models/__main__.py", "from titan_moe.train import main", "but a bench imports train"),
-    "to a newcomer": ("train.py", "from titan_moe.newcomer import x", "no place for newcomer"),
-    "from a newcomer": ("newcomer.py", "from titan_moe.router import x", "no place for newcomer"),
-    "heavy import titan_moe": ("__init__.py", "from titan_moe.moe import MoE", "titan_moe.device only"),
+    "replay to moe": ("replay/slots.py", "import titan_moe.layer.moe", "through the router"),
+    "numerics to moe": ("numerics/capture.py", "from titan_moe.layer.moe import MoE", "any nn.Module"),
+    "numerics' command to moe": ("numerics/__main__.py", "import titan_moe.layer.moe", "any nn.Module"),
+    "to train": ("plan/table.py", "from titan_moe.trainer.train import main", "but a bench imports train"),
+    "to a newcomer": ("trainer/train.py", "from titan_moe.newcomer import x", "no place for newcomer"),
+    "from a newcomer": ("newcomer.py", "from titan_moe.layer.router import x", "no place for newcomer"),
+    "to a newcomer inside": ("trainer/train.py", "import titan_moe.trainer.new", "no place for new"),
+    "heavy import titan_moe": ("__init__.py", "from titan_moe.layer.moe import MoE", "trainer.device only"),
 }
 
 
 @pytest.mark.parametrize(("file", "source", "words"), BROKEN_IMPORTS.values(), ids=BROKEN_IMPORTS)
 def test_a_forbidden_import_is_found(file, source, words):
-    names = ["moe", "sharding", "models/__init__", "dispatch/all_to_all", "dispatch/local", "newcomer"]
-    names += ["numerics/__init__", "dispatch/deepep_c10d"]
+    names = ["layer/moe", "parallel/__init__", "models/__init__", "layer/dispatch/all_to_all", "newcomer"]
+    names += ["layer/dispatch/local", "numerics/__init__", "layer/dispatch/deepep/c10d", "trainer/new"]
     tree = {f"titan_moe/{name}.py": "" for name in names} | {f"titan_moe/{file}": source}
     (problem,) = import_problems(tree)
     assert words in problem
@@ -359,21 +434,34 @@ def test_a_forbidden_import_is_found(file, source, words):
 
 def test_the_allowed_imports_pass():
     tree = {
-        "titan_moe/__init__.py": "from titan_moe.device import fill_gaps",
-        "titan_moe/device.py": "import torch",
-        "titan_moe/train.py": "from titan_moe.config import load\nfrom titan_moe import __version__",
-        "titan_moe/moe.py": "from titan_moe.dispatch.base import Routing\nfrom .router import R",
-        "titan_moe/dispatch/local.py": "from .base import D\nfrom titan_moe.dispatch import ops",
-        "titan_moe/dispatch/ops.py": "",
+        "titan_moe/__init__.py": "from titan_moe.trainer.device import fill_gaps",
+        "titan_moe/trainer/device.py": "import torch",
+        "titan_moe/trainer/train.py": "import titan_moe.trainer.config\nfrom titan_moe import __version__",
+        "titan_moe/layer/moe.py": "from titan_moe.layer.dispatch.base import Routing\nfrom .router import R",
+        "titan_moe/layer/dispatch/local.py": "from .base import D\nfrom titan_moe.layer.dispatch import ops",
+        "titan_moe/layer/dispatch/ops.py": "",
         "titan_moe/replay/slots.py": "from titan_moe.replay.ids import f",
-        "titan_moe/numerics/__main__.py": "from titan_moe.config import load",
+        "titan_moe/layer/dispatch/deepep/dispatcher.py": "from titan_moe.layer.dispatch.deepep import c10d",
     }
     assert import_problems(tree) == []
 
 
+def test_a_circle_is_found():
+    tree = {
+        "titan_moe/a.py": "from titan_moe import b",
+        "titan_moe/b.py": "def f():\n    import titan_moe.c",
+        "titan_moe/c.py": "from titan_moe.a import x",
+    }
+    assert circle_problems(tree) == [" imports ".join(f"titan_moe.{name}" for name in "abca")]
+
+
 @pytest.mark.parametrize(
     "source",
-    ["d = 'local'", "from titan_moe.dispatch.local import LocalDispatcher as L", "x = m.LocalDispatcher"],
+    [
+        "d = 'local'",
+        "from titan_moe.layer.dispatch.local import LocalDispatcher as L",
+        "x = m.LocalDispatcher",
+    ],
 )
 def test_a_backend_named_in_moe_is_found(source):
     assert "names the backend" in moe_names_backend_problems(source, {"local": "LocalDispatcher"})[0]

@@ -17,10 +17,10 @@ from tests import layers
 from tests.layers import Mesh
 from tests.oracle import Case, random_case
 from tests.ranks import RankContext, run_ranks
-from titan_moe import load_balance
-from titan_moe.load_balance import LoadBalancer, attach_load_balancer, count_tokens, load_statistics
+from titan_moe.layer import load_balance
+from titan_moe.layer.load_balance import LoadBalancer, attach_load_balancer, count_tokens, load_statistics
+from titan_moe.layer.moe import MoE
 from titan_moe.models.swap import swap_moe
-from titan_moe.moe import MoE
 
 RANKS, D, F, E, K = 4, 16, 8, 8, 3
 ALONE = SimpleNamespace(dp_cp_enabled=False, tp_enabled=False, ep_enabled=False)

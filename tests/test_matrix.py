@@ -13,7 +13,7 @@ from tests.matrix import MARKS, main, refusal, table_line
 from tests.matrix_cell_run import Matrix
 from tests.matrix_cells import CELLS, REFUSED, ROOT, Cell
 from tests.ranks import close_pools
-from titan_moe.device import norms_keep_short_shards, stages_leave_buffers
+from titan_moe.trainer.device import norms_keep_short_shards, stages_leave_buffers
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def _flat_offset(moes: list[Any]) -> None:
 
 
 def _count_made_up_tokens(_: list[Any]) -> None:
-    """As torch runs a stage to learn its shapes, without titan_moe.device's care for its buffers."""
+    """As torch runs a stage to learn its shapes, without titan_moe.trainer.device's care for its buffers."""
     PipelineStage._compute_outputs = PipelineStage._compute_outputs.__wrapped__  # type: ignore[method-assign]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torchtitan.tools.logging import logger
 
-from titan_moe.metrics import MetricsProcessor, _without_console, console_line, keep_steps_before
+from titan_moe.trainer.metrics import MetricsProcessor, _without_console, console_line, keep_steps_before
 
 LOAD = {
     "layers.1.moe": {"max_over_mean": 1.5, "cv": 0.2, "dead_experts": 0},

@@ -25,14 +25,15 @@ from torchtitan.models.common.attention import (
     get_document_mask_mod,
 )
 
-from titan_moe.dispatch import DISPATCHERS
-from titan_moe.load_balance import attach_load_balancer
+from titan_moe.layer.dispatch import DISPATCHERS
+from titan_moe.layer.experts import GroupedExperts
+from titan_moe.layer.load_balance import attach_load_balancer
+from titan_moe.layer.moe import MoE, RoutedExperts
+from titan_moe.layer.router import TokenChoiceTopKRouter
 from titan_moe.models import MODELS, build_spec, flavors
 from titan_moe.models.attention import PackedSDPA
 from titan_moe.models.swap import swap_attention, swap_moe, swap_spec
-from titan_moe.moe import GroupedExperts, MoE, RoutedExperts
-from titan_moe.parallelize import parallelize
-from titan_moe.router import TokenChoiceTopKRouter
+from titan_moe.parallel.parallelize import parallelize
 
 # torchtitan's family: its flavors with MoE and how many such layers they have.
 MOE_LAYERS: dict[str, dict[str, int]] = {
@@ -151,7 +152,7 @@ class TestSwapMoE:
         assert counts == [5, 5]
         dispatchers = [moe.routed_experts.token_dispatcher for moe in moe_configs(config).values()]
         assert {type(dispatcher).__module__ for dispatcher in dispatchers} == {
-            "titan_moe.dispatch.all_to_all"
+            "titan_moe.layer.dispatch.all_to_all"
         }
 
     def test_a_forward_of_its_own_is_refused(self) -> None:
@@ -386,7 +387,9 @@ class TestBuildSpec:
         one = build_spec("deepseek_v3", "debugmodel", dispatcher="local")
         build_spec("deepseek_v3", "debugmodel", dispatcher="all_to_all")
         dispatchers = [moe.routed_experts.token_dispatcher for moe in moe_configs(one.model).values()]
-        assert {type(dispatcher).__module__ for dispatcher in dispatchers} == {"titan_moe.dispatch.local"}
+        assert {type(dispatcher).__module__ for dispatcher in dispatchers} == {
+            "titan_moe.layer.dispatch.local"
+        }
 
 
 # Documents per sequence: lengths that sum to L. The last: one document, one token each.

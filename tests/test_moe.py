@@ -11,7 +11,7 @@ from tests.faults import FAULTS
 from tests.layers import Mesh, build_layer, differences, on_mesh, parallel_dims, parameters, run_layer
 from tests.oracle import Case, random_case
 from tests.ranks import Mode, run_ranks
-from titan_moe.experts import Save
+from titan_moe.layer.experts import Save
 
 RANKS, D, F, E = 4, 16, 8, 8
 

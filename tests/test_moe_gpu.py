@@ -8,7 +8,7 @@ from tests.layers import build_layer, differences, parameters, watch
 from tests.oracle import Case, random_case
 from tests.test_experts import DEVICES
 from tests.test_moe import REGIMES, SAVES, D, E, F
-from titan_moe.experts import Save
+from titan_moe.layer.experts import Save
 
 SHAPES = [(1, 1), (3, 7)]
 # Of each tensor's largest. In fp32 the kernels run; in fp64 their reference does.

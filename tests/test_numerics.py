@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from tests.faults import FAULTS
 from tests.ranks import run_ranks
 from tests.training import train
-from titan_moe import router
-from titan_moe.border import TokenBorder
-from titan_moe.dispatch.base import DispatchMetadata
-from titan_moe.moe import MoE
+from titan_moe.layer import router
+from titan_moe.layer.border import TokenBorder
+from titan_moe.layer.dispatch.base import DispatchMetadata
+from titan_moe.layer.moe import MoE
 from titan_moe.numerics import runs
 from titan_moe.numerics.__main__ import main
 from titan_moe.numerics.compare import Comparison, born_inside, compare

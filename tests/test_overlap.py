@@ -9,7 +9,7 @@ from tests.backends import BACKENDS, load
 from tests.layers import Mesh, build_layer, local_rows, on_mesh, parallel_dims, placed
 from tests.oracle import Case, random_case
 from tests.ranks import RankContext, run_ranks
-from titan_moe.dispatch.collectives import wait
+from titan_moe.layer.dispatch.collectives import wait
 
 RANKS, D, F, E, K = 4, 16, 8, 8, 3
 LAUNCH, WAIT, SHARED = (

@@ -25,16 +25,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ranks import RankContext, run_ranks
 from tests.training import NUM_LAYERS
-from titan_moe.config import load
-from titan_moe.dispatch.base import DispatchLimits
-from titan_moe.dispatch.uniform import ranks_per_token
+from titan_moe.layer.dispatch.base import DispatchLimits
+from titan_moe.layer.dispatch.uniform import ranks_per_token
 from titan_moe.plan import attention, wire
 from titan_moe.plan.__main__ import main
 from titan_moe.plan.memory import Alive, Held, held
 from titan_moe.plan.rehearsal import Microbatch, Rehearsal, fake_world, groups_of
 from titan_moe.plan.routes import Routes
 from titan_moe.plan.wire import Wire
-from titan_moe.train import Trainer
+from titan_moe.trainer.config import load
+from titan_moe.trainer.train import Trainer
 
 ROOT = Path(__file__).parent.parent
 DEBUG = str(ROOT / "train_configs" / "debug_local.toml")

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torchtitan.models.common.linear import Linear
 
 from tests import oracle
-from titan_moe.dispatch.base import DispatchMetadata, Routing
+from titan_moe.layer.dispatch.base import DispatchMetadata, Routing
+from titan_moe.layer.router import Choice, Query, TokenChoiceTopKRouter
 from titan_moe.replay.ids import (
     MISSING,
     LayerShape,
@@ -28,7 +29,6 @@ from titan_moe.replay.ids import (
 )
 from titan_moe.replay.regions import Regions
 from titan_moe.replay.slots import Installed, Microbatch, Routes, Slot
-from titan_moe.router import Choice, Query, TokenChoiceTopKRouter
 
 INF, NAN = math.inf, math.nan
 Fill = Callable[[Tensor, Tensor], Tensor]  # (ids_TK, ranking_TE) -> ids_TK without MISSING

@@ -27,16 +27,16 @@ from tests.layers import Mesh
 from tests.oracle import MODULE_FQNS, Case
 from tests.ranks import Mode, RankContext, run_ranks
 from tests.test_load_balance import ALONE, CASES, Block, Model, counts, layer_case
-from titan_moe.dispatch.base import DispatchMetadata, Routing
-from titan_moe.load_balance import LoadBalancer
+from titan_moe.layer.dispatch.base import DispatchMetadata, Routing
+from titan_moe.layer.load_balance import LoadBalancer
+from titan_moe.layer.moe import MoE
+from titan_moe.layer.router import Choice, Query, TokenChoiceTopKRouter
 from titan_moe.models.swap import swap_moe
-from titan_moe.moe import MoE
-from titan_moe.parallelize import parallelize
+from titan_moe.parallel.parallelize import parallelize
 from titan_moe.replay import regions as regions_module
 from titan_moe.replay import slots as slots_module
 from titan_moe.replay.regions import Region, Regions
 from titan_moe.replay.slots import Installed, Microbatch, Routes, Slot, bind_slots, slots_of
-from titan_moe.router import Choice, Query, TokenChoiceTopKRouter
 
 D, E, K = 16, 8, 3
 LAYERS = ["layers.0.moe", "layers.1.moe"]

@@ -13,7 +13,7 @@ from tests import layers
 from tests.oracle import random_case
 from tests.ranks import RankContext, run_ranks
 from tests.test_dispatch import HostReads
-from titan_moe.moe import MoE
+from titan_moe.layer.moe import MoE
 from titan_moe.replay.check import Gates, ReplayCheckError
 from titan_moe.replay.ids import MISSING, ReplayDataError
 from titan_moe.replay.regions import Regions

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.ranks import RankError, run_ranks
 from tests.training import train
-from titan_moe.moe import MoE
-from titan_moe.router import live
+from titan_moe.layer.moe import MoE
+from titan_moe.layer.router import live
 
 CONFIGS = Path(__file__).parent.parent / "train_configs"
 TIMEOUT_S = 240.0

@@ -11,9 +11,9 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.linear import Linear
 
 from tests import oracle
-from titan_moe import router as router_module
-from titan_moe.dispatch.base import Routing
-from titan_moe.router import TokenChoiceTopKRouter, _top_k
+from titan_moe.layer import router as router_module
+from titan_moe.layer.dispatch.base import Routing
+from titan_moe.layer.router import TokenChoiceTopKRouter, _top_k
 
 T, D, E = 13, 16, 8
 

@@ -2,7 +2,7 @@
 
 The fake Python logs each call and answers as the real one would: `-m venv` makes a folder with itself in it,
 pip, the config check and torchrun do what FAKE_* variables say. Nothing here imports torch or titan_moe, but
-for the real torchrun of FAKE_RANKS, whose ranks are a fake titan_moe.train.
+for the real torchrun of FAKE_RANKS, whose ranks are a fake titan_moe.trainer.train.
 """
 
 import itertools
@@ -27,8 +27,8 @@ DEFAULT_CONFIG = "train_configs/debug_fsdp_tp_ep.toml"
 FAKE_PYTHON = r"""#!/usr/bin/env bash
 log() { local IFS='|'; echo "$*" >>"$FAKE_LOG"; }
 case "$1 $2" in
-    */titan_moe/launch.py\ *)
-        log -m titan_moe.launch "${@:2}" "OMP_NUM_THREADS=$OMP_NUM_THREADS"
+    */titan_moe/trainer/launch.py\ *)
+        log -m titan_moe.trainer.launch "${@:2}" "OMP_NUM_THREADS=$OMP_NUM_THREADS"
         [ -z "${FAKE_RANKS:-}" ] || exec "$REAL_PYTHON" "$@"
         [ -z "${FAKE_LOSSES:-}" ] || printf '{"loss": %s}\n' $FAKE_LOSSES >"${@: -1}/metrics.jsonl"
         exit "${FAKE_TRAIN_STATUS:-0}" ;;
@@ -42,7 +42,7 @@ case "$1 $2" in
         log "$@"
         sleep "${FAKE_PIP_SECONDS:-0}"
         [ -z "${FAKE_PIP_ERROR:-}" ] || { echo "ERROR: $FAKE_PIP_ERROR"; exit 1; } ;;
-    "-m titan_moe.config")
+    "-m titan_moe.trainer.config")
         log "$@" "WORLD_SIZE=${WORLD_SIZE:-unset}" "NGPU=$NGPU" "NNODES=$NNODES"
         [ -z "${FAKE_CONFIG_ERROR:-}" ] || { echo "$FAKE_CONFIG_ERROR" >&2; exit 2; } ;;
     "-m titan_moe.plan")
@@ -161,7 +161,7 @@ def test_the_first_call_sets_up_and_the_second_starts_at_once(checkout):
     second = checkout.run("run_train.sh")
     assert (second.returncode, second.stderr) == (0, "")
     assert len(checkout.calls("venv")) == len(checkout.calls("pip")) == 1
-    assert len(checkout.calls("titan_moe.launch")) == 2
+    assert len(checkout.calls("titan_moe.trainer.launch")) == 2
 
 
 def test_tests_add_the_dev_extra_in_place(ready):
@@ -199,7 +199,7 @@ def test_a_failed_set_up_is_one_line_and_redone(checkout):
     assert failed.returncode == 1
     _, line = failed.stderr.splitlines()
     assert line.startswith("titan_moe: set-up failed: ERROR: No matching distribution found for torch (log: ")
-    assert checkout.calls("titan_moe.launch") == []
+    assert checkout.calls("titan_moe.trainer.launch") == []
 
     assert checkout.run("run_train.sh").returncode == 0
     assert len(checkout.calls("venv")) == 2
@@ -306,10 +306,10 @@ def test_the_call_of_torchrun(ready):
     result = ready.run("run_train.sh", "--training.steps", "3", "--dump_folder", "out of here")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     overrides = [DEFAULT_CONFIG, "--training.steps", "3", "--dump_folder", "out of here"]
-    assert ready.calls("titan_moe.config") == [[*overrides, "WORLD_SIZE=unset", "NGPU=4", "NNODES=1"]]
+    assert ready.calls("titan_moe.trainer.config") == [[*overrides, "WORLD_SIZE=unset", "NGPU=4", "NNODES=1"]]
     launch = "--nnodes 1 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint localhost:0"
-    console = "--local-ranks-filter 0 --role rank --tee 3 -m titan_moe.train"
-    assert ready.calls("titan_moe.launch") == [
+    console = "--local-ranks-filter 0 --role rank --tee 3 -m titan_moe.trainer.train"
+    assert ready.calls("titan_moe.trainer.launch") == [
         [*launch.split(), *console.split(), *overrides, "OMP_NUM_THREADS=1"]
     ]
 
@@ -323,8 +323,8 @@ def test_the_environment_reaches_torchrun(ready):
         "OMP_NUM_THREADS": "8",
     }
     assert ready.run("run_train.sh", **told, WORLD_SIZE="2").returncode == 0
-    assert ready.calls("titan_moe.config")[0][1:] == ["WORLD_SIZE=unset", "NGPU=2", "NNODES=2"]
-    (call,) = ready.calls("titan_moe.launch")
+    assert ready.calls("titan_moe.trainer.config")[0][1:] == ["WORLD_SIZE=unset", "NGPU=2", "NNODES=2"]
+    (call,) = ready.calls("titan_moe.trainer.launch")
     given = dict(itertools.pairwise(call))
     assert (given["--nnodes"], given["--nproc-per-node"]) == ("2", "2")
     assert (given["--rdzv-endpoint"], given["--local-ranks-filter"]) == ("host:29500", "0,1")
@@ -339,7 +339,7 @@ def test_a_wrong_config_is_its_own_one_line_and_no_rank_starts(ready):
     line = "titan_moe: train.toml: training.stepz is not a key; did you mean 'steps'?"
     result = ready.run("run_train.sh", "--training.stepz", "3", FAKE_CONFIG_ERROR=line)
     assert_one_line(result, 2, line)
-    assert ready.calls("titan_moe.launch") == []
+    assert ready.calls("titan_moe.trainer.launch") == []
 
 
 def test_a_config_is_looked_for_here_then_in_the_repository(ready, tmp_path):
@@ -348,8 +348,8 @@ def test_a_config_is_looked_for_here_then_in_the_repository(ready, tmp_path):
 
     def used(*arguments: str, **variables: str) -> str:
         assert ready.run("run_train.sh", *arguments, cwd=here, **variables).returncode == 0
-        call = ready.calls("titan_moe.launch")[-1]
-        return call[call.index("titan_moe.train") + 1]
+        call = ready.calls("titan_moe.trainer.launch")[-1]
+        return call[call.index("titan_moe.trainer.train") + 1]
 
     in_repository = str(ready.root / DEFAULT_CONFIG)
     assert used() == in_repository
@@ -393,7 +393,7 @@ CAUSES = {
 
 
 def with_ranks(checkout: Checkout, ranks: dict[str, str]) -> dict[str, str]:
-    """A titan_moe.train of two ranks under the real torchrun."""
+    """A titan_moe.trainer.train of two ranks under the real torchrun."""
     (checkout.root / "titan_moe").mkdir()
     (checkout.root / "titan_moe" / "train.py").write_text(FAKE_TRAIN)
     shutil.copy(ROOT / "titan_moe" / "launch.py", checkout.root / "titan_moe")
@@ -467,7 +467,7 @@ def test_the_call_of_the_plan(ready):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     (call,) = ready.calls("titan_moe.plan")
     assert call == [DEFAULT_CONFIG, "--memory-gib", "40", "NGPU=512", "NNODES=1", "CUDA_VISIBLE_DEVICES="]
-    assert ready.calls("titan_moe.config") == ready.calls("titan_moe.launch") == []
+    assert ready.calls("titan_moe.trainer.config") == ready.calls("titan_moe.trainer.launch") == []
 
 
 def test_a_plan_for_many_nodes_needs_none_of_them(ready):
@@ -512,11 +512,11 @@ def test_slurm_starts_one_task_per_node_and_each_meets_the_first(cluster):
     options = "--nodes 3 --ntasks 3 --ntasks-per-node 1 --kill-on-bad-exit=1 bash"
     script = str(cluster.root / "run_train.sh")
     assert task == [*options.split(), script, DEFAULT_CONFIG, "--training.steps", "3"]
-    (call,) = cluster.calls("titan_moe.launch")
+    (call,) = cluster.calls("titan_moe.trainer.launch")
     given = dict(itertools.pairwise(call))
     assert (given["--nnodes"], given["--nproc-per-node"]) == ("3", "4")
     assert given["--rdzv-endpoint"] == "node7:22345"
-    assert given["titan_moe.train"] == DEFAULT_CONFIG
+    assert given["titan_moe.trainer.train"] == DEFAULT_CONFIG
 
 
 def test_slurm_runs_from_a_copy_and_keeps_what_is_set(cluster, tmp_path):
@@ -533,7 +533,7 @@ def test_slurm_runs_from_a_copy_and_keeps_what_is_set(cluster, tmp_path):
         timeout=60,
     )
     assert (copied.returncode, copied.stderr) == (0, "")
-    given = dict(itertools.pairwise(cluster.calls("titan_moe.launch")[0]))
+    given = dict(itertools.pairwise(cluster.calls("titan_moe.trainer.launch")[0]))
     assert (given["--nproc-per-node"], given["--rdzv-endpoint"]) == ("2", "node8:1")
     assert str(cluster.root / "run_train.sh") in cluster.calls("srun")[0]
 
@@ -597,8 +597,8 @@ def test_ci_tests_then_trains(checkout):
         "ruff",
         "pyrefly",
         "pytest",
-        "titan_moe.config",
-        "titan_moe.launch",
+        "titan_moe.trainer.config",
+        "titan_moe.trainer.launch",
     ]
 
 

@@ -17,10 +17,10 @@ from tests.oracle import Case, random_case
 from tests.ranks import RankContext, run_ranks
 from tests.test_layering import ROOT
 from titan_moe.bench import traffic as bench
-from titan_moe.dispatch.__main__ import closed_form, facts
-from titan_moe.dispatch.base import DispatchLimits, DispatchMetadata, Routing, Traffic
-from titan_moe.dispatch.uniform import ranks_per_token
-from titan_moe.load_balance import LoadBalancer
+from titan_moe.bench.dispatchers import closed_form, facts
+from titan_moe.layer.dispatch.base import DispatchLimits, DispatchMetadata, Routing, Traffic
+from titan_moe.layer.dispatch.uniform import ranks_per_token
+from titan_moe.layer.load_balance import LoadBalancer
 
 OVER_EP = [name for name in BACKENDS if load(name).needs_host_sync]
 
@@ -192,7 +192,7 @@ class TestTables:
         assert first == ("E 64, K 8", "0.249", "0.457", "0.679", "0.844", "0.944", "1.000")
 
     def test_docs_hold_what_the_command_prints(self) -> None:
-        from titan_moe.dispatch.__main__ import markdown
+        from titan_moe.bench.dispatchers import markdown
 
         text = (ROOT / "docs" / "dispatchers.md").read_text(encoding="utf-8")
         assert markdown(facts()) in text

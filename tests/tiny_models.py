@@ -13,12 +13,12 @@ from torchtitan.models.common import ComplexRoPE, CosSinRoPE, Embedding, Linear,
 from torchtitan.protocols.model_spec import ModelSpec
 
 from tests.ranks import RankContext
-from titan_moe.config import load
 from titan_moe.models import set_norm_eps
 from titan_moe.models.hugging_face import adapter
 from titan_moe.models.hugging_face.adapter import for_hugging_face
 from titan_moe.models.swap import swap_spec
-from titan_moe.train import Trainer
+from titan_moe.trainer.config import load
+from titan_moe.trainer.train import Trainer
 
 VOCAB = 2048  # of the shipped tokenizer
 NUM_EXPERTS = 12  # more than 10: names sort as strings

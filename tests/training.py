@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from tests.ranks import RankContext
-from titan_moe.config import load
-from titan_moe.moe import MoE
-from titan_moe.names import plain_name
-from titan_moe.train import Trainer
+from titan_moe.layer.moe import MoE
+from titan_moe.layer.names import plain_name
+from titan_moe.trainer.config import load
+from titan_moe.trainer.train import Trainer
 
 NUM_LAYERS = 3  # one dense, two MoE: what repeats is enough once
 
@@ -28,7 +28,7 @@ def train(
     sabotage: Callable[[list[MoE]], None] | None = None,
     num_layers: int = NUM_LAYERS,
 ) -> dict[str, Any]:
-    """Trains as ``python -m titan_moe.train`` does, on this body's process group.
+    """Trains as ``python -m titan_moe.trainer.train`` does, on this body's process group.
 
     Args:
         argv: Config file and overrides.

@@ -4,11 +4,12 @@
         --override.imports titan_moe.override.moe --parallelism.spmd_backend partial_dtensor
 
 or ``titan_moe.override.moe={"dispatcher":"deepep","combine":"per_slot"}``. Names of parameters stay, so
-checkpoints of either load into the other. Routing replay, captures and metrics.jsonl: ``titan_moe.train``.
+checkpoints of either load into the other. Routing replay, captures and metrics.jsonl need our own trainer,
+``titan_moe.trainer.train``.
 
-First weights: on a CPU they are drawn by name, as ``titan_moe.train`` does it, because torchtitan fills every
-rank's shards there with the same numbers. On CUDA that is an option, ``{"init_by_name":true}``, because it
-changes the weights that a seed gives.
+First weights: on a CPU they are drawn by name, as our trainer does it, because torchtitan fills every rank's
+shards there with the same numbers. On CUDA that is an option, ``{"init_by_name":true}``, because it changes
+the weights that a seed gives.
 """
 
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ from torchtitan.models.common import moe as upstream
 from torchtitan.models.common.decoder_sharding import dense_sequence_parallel_placement
 from torchtitan.tools.utils import device_type
 
-from titan_moe.dispatch.base import DispatchLimits, DispatchMetadata, Routing
-from titan_moe.initialization import draw_models_by_name
+from titan_moe.layer.dispatch.base import DispatchLimits, DispatchMetadata, Routing
+from titan_moe.layer.moe import MoE
 from titan_moe.models.swap import swap_layer
-from titan_moe.moe import MoE
-from titan_moe.sharding import shard_moe
+from titan_moe.parallel.initialization import draw_models_by_name
+from titan_moe.parallel.sharding import shard_moe
 
 BACKEND = "partial_dtensor"
 
@@ -80,9 +81,9 @@ def moe(
     """One of torchtitan's MoE configs as ours.
 
     Args:
-        dispatcher: a name in ``titan_moe.dispatch.DISPATCHERS``; ``options`` are its own.
+        dispatcher: a name in ``titan_moe.layer.dispatch.DISPATCHERS``; ``options`` are its own.
         num_max_tokens_per_rank: needed by the DeepEP library, whose buffers are sized once.
-        init_by_name: the model starts from the same weights on every mesh (``titan_moe.initialization``).
+        init_by_name: the model starts from the same weights on every mesh (``parallel/initialization.py``).
 
     Raises:
         ValueError: another SPMD backend; ``init_by_name`` false on a CPU; or what ``models.swap`` refuses.

@@ -1,1 +1,1 @@
-"""Measurements, by command: ``python -m titan_moe.bench``, ``.traffic`` and ``.replay``."""
+"""Measurements, by command: ``python -m titan_moe bench``, ``.traffic`` and ``.replay``."""

@@ -1,4 +1,4 @@
-"""``python -m titan_moe.bench``: our MoE layer beside torchtitan's, in one run.
+"""``python -m titan_moe bench``: our MoE layer beside torchtitan's, in one run.
 
 Markdown on stdout. What is timed is timed in turns, A B A B; bytes are exact.
 """
@@ -24,8 +24,8 @@ from titan_moe.bench import (
     targets,
     wire,
 )
+from titan_moe.bench.dispatchers import markdown
 from titan_moe.bench.report import Found, Settings
-from titan_moe.dispatch.__main__ import markdown
 
 # Each has TITLE, NOTE, measure, tables and figures. The layer and its floor take their turns together.
 PARTS: dict[str, Any] = {
@@ -81,7 +81,7 @@ def _say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m titan_moe.bench", description=__doc__, allow_abbrev=False
+        prog="python -m titan_moe bench", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("--world-size", type=_positive, default=4, metavar="N", help="the most ranks (4)")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=", ".join(PARTS))

@@ -8,7 +8,7 @@ from titan_moe.bench.clock import DEVICE
 from titan_moe.bench.interleave import interleaved, spread
 from titan_moe.bench.report import Found, Settings, Table
 from titan_moe.bench.shapes import BF16, FP32, INT64, Shape
-from titan_moe.kernels import ops as kernels
+from titan_moe.layer.kernels import ops as kernels
 
 TITLE = "Kernels: bandwidth beside a copy's"
 NOTE = (

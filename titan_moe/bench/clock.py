@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from titan_moe.device import ONEDNN_KERNELS
+from titan_moe.trainer.device import ONEDNN_KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = "nccl" if DEVICE == "cuda" else "gloo"

@@ -18,8 +18,8 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, L
 
 from titan_moe.bench.clock import DEVICE
 from titan_moe.bench.shapes import Shape
-from titan_moe.dispatch.base import DispatchLimits
-from titan_moe.experts import Save
+from titan_moe.layer.dispatch.base import DispatchLimits
+from titan_moe.layer.experts import Save
 from titan_moe.models.swap import swap_layer
 
 STOCK, OURS, INPUTS, FLOOR = "stock", "ours", "save inputs", "floor"

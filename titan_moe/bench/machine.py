@@ -11,7 +11,7 @@ import torch
 
 import titan_moe
 from titan_moe.bench import clock
-from titan_moe.device import multiplies_bf16
+from titan_moe.trainer.device import multiplies_bf16
 
 
 def describe(argv: Sequence[str]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from titan_moe.config import load
-from titan_moe.train import Trainer
+from titan_moe.trainer.config import load
+from titan_moe.trainer.train import Trainer
 
 STEPS = 44
 CONFIG = Path(__file__).parent.parent.parent / "train_configs" / "debug_local.toml"

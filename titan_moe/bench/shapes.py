@@ -1,4 +1,7 @@
-"""The sizes that are measured, and the least that a layer moves. The legend is in ``titan_moe/moe.py``."""
+"""The sizes that are measured, and the fewest bytes that a layer can move.
+
+The legend is in ``titan_moe/layer/moe.py``.
+"""
 
 from dataclasses import dataclass
 

@@ -17,9 +17,9 @@ from titan_moe.bench.contestants import OURS, STOCK, DifferentLayers
 from titan_moe.bench.interleave import Estimate, interleaved, ratio, spread, total_ratio
 from titan_moe.bench.ranks import on_ranks
 from titan_moe.bench.report import Found, Settings, Table
-from titan_moe.config import load
-from titan_moe.device import ONEDNN_KERNELS
-from titan_moe.train import Trainer
+from titan_moe.trainer.config import load
+from titan_moe.trainer.device import ONEDNN_KERNELS
+from titan_moe.trainer.train import Trainer
 
 TITLE = "Step: a training step of the DeepSeek-V3 debug model"
 NOTE = (

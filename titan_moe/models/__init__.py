@@ -7,7 +7,7 @@ from typing import Any
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.protocols.model_spec import ModelSpec
 
-from titan_moe.experts import Save
+from titan_moe.layer.experts import Save
 from titan_moe.models.hugging_face.adapter import for_hugging_face
 from titan_moe.models.stock import keep_spec
 from titan_moe.models.swap import swap_spec
@@ -37,9 +37,9 @@ def build_spec(
     """A torchtitan ModelSpec of ``name``/``flavor`` with our MoE layer, sharding and load balancer.
 
     Args:
-        dispatcher: a name in ``titan_moe.dispatch.DISPATCHERS``.
+        dispatcher: a name in ``titan_moe.layer.dispatch.DISPATCHERS``.
         dispatcher_options: fields of that backend's Config beyond num_experts and top_k.
-        save: what the experts keep for backward; see ``titan_moe.experts``.
+        save: what the experts keep for backward; see ``titan_moe.layer.experts``.
         norm_eps: of every RMSNorm; None: torchtitan's own, which for DeepSeek is not Hugging Face's.
         stock: torchtitan's own MoE layer stays, and its dispatcher; for comparisons.
 

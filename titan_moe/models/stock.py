@@ -8,7 +8,7 @@ from torch import nn
 from torchtitan.protocols.model_spec import ModelSpec
 
 from titan_moe.models.attention import swap_attention
-from titan_moe.parallelize import sum_over_gloo
+from titan_moe.parallel.parallelize import sum_over_gloo
 
 
 def keep_spec(spec: ModelSpec) -> ModelSpec:

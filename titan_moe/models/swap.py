@@ -7,13 +7,13 @@ from torchtitan.models.common import moe as upstream
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 
-from titan_moe import dispatch
-from titan_moe.experts import Save
-from titan_moe.load_balance import attach_load_balancer
+from titan_moe.layer import dispatch
+from titan_moe.layer.experts import GroupedExperts, Save
+from titan_moe.layer.load_balance import attach_load_balancer
+from titan_moe.layer.moe import MoE, RoutedExperts
+from titan_moe.layer.router import TokenChoiceTopKRouter
 from titan_moe.models.attention import swap_attention
-from titan_moe.moe import GroupedExperts, MoE, RoutedExperts
-from titan_moe.parallelize import parallelize
-from titan_moe.router import TokenChoiceTopKRouter
+from titan_moe.parallel.parallelize import parallelize
 
 
 def swap_spec(

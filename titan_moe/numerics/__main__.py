@@ -1,4 +1,4 @@
-"""``python -m titan_moe.numerics compare BASE CANDIDATE``: are two runs the same, and if not, where and why.
+"""``python -m titan_moe numerics compare BASE CANDIDATE``: are two runs the same, and if not, where and why.
 
 BASE and CANDIDATE are configurations, "CONFIG.toml[@RANKS] [--section.key=value ...]", or dump folders of
 runs that were made with --numerics.capture. What follows ``--`` goes to both runs. Exit status: 0 within
@@ -105,7 +105,7 @@ def _tolerances(args: argparse.Namespace) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m titan_moe.numerics",
+        prog="python -m titan_moe numerics",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -19,8 +19,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torchtitan.models.common.moe import TokenChoiceTopKRouter as StockRouter
 
-from titan_moe.load_balance import is_recomputing
-from titan_moe.names import plain_modules, plain_name
+from titan_moe.layer.names import plain_modules, plain_name
+from titan_moe.layer.recomputation import is_recomputing
+from titan_moe.layer.router import Choice, Query, TokenChoiceTopKRouter
 from titan_moe.numerics.features import features, local_tokens
 from titan_moe.numerics.load import FORMAT, Captured
 from titan_moe.numerics.margins import Groups, margins
@@ -28,7 +29,6 @@ from titan_moe.numerics.section import Numerics
 from titan_moe.numerics.sublayers import Inputs
 from titan_moe.replay.regions import unseen_by_selective_ac
 from titan_moe.replay.slots import Microbatch, Slot
-from titan_moe.router import Choice, Query, TokenChoiceTopKRouter
 
 Columns = dict[str, list[torch.Tensor]]  # by "module|what|column": one tensor per microbatch
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from titan_moe.dispatch.base import DispatchMetadata
+from titan_moe.layer.dispatch.base import DispatchMetadata
 
 PROJECTIONS = 4  # Q
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -55,7 +55,7 @@ class Side:
 class Runs:
     """Captured runs in one folder; each is made once.
 
-    Runs of one model and one seed start from equal weights on every mesh (``titan_moe.initialization``).
+    Runs of one model and one seed start from equal weights on every mesh (``parallel/initialization.py``).
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Runs:
         log, metrics = folder / "log.txt", folder / "metrics.jsonl"
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={side.ranks}", "-m", "titan_moe.train", str(side.config)),
+            *(f"--nproc_per_node={side.ranks}", "-m", "titan_moe.trainer.train", str(side.config)),
             *(f"--dump_folder={folder}", f"--training.steps={self.steps}", "--metrics.log_freq=1"),
             *("--debug.no-enable_structured_logging", *side.overrides),
         ]

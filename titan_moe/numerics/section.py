@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True, slots=True)
 class Numerics:
-    """What a run writes down about its numbers, for ``python -m titan_moe.numerics compare``."""
+    """What a run writes down about its numbers, for ``python -m titan_moe numerics compare``."""
 
     capture: bool = False
     whole_steps: int = 1  # of the first steps, whole gradients and the inputs of sublayers are saved

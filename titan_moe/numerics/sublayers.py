@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from titan_moe.load_balance import is_recomputing
-from titan_moe.names import plain_modules
+from titan_moe.layer.names import plain_modules
+from titan_moe.layer.recomputation import is_recomputing
 from titan_moe.numerics.features import local_tokens
 
 SUBLAYERS = ("attention", "feed_forward", "moe")  # torchtitan's names for them, in every model

@@ -1,4 +1,4 @@
-"""``python -m titan_moe.numerics table``: what we hold, measured line by line; docs/numerics.md shows it."""
+"""``python -m titan_moe numerics table``: what we hold, measured line by line; docs/numerics.md shows it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

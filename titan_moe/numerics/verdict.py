@@ -2,23 +2,19 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from titan_moe.numerics.observed import Observed
 from titan_moe.numerics.sublayers import is_sublayer
 from titan_moe.numerics.tolerance import relative
 
-if TYPE_CHECKING:
-    from titan_moe.numerics.compare import Comparison
-    from titan_moe.numerics.differences import ModuleDifference
 
-
-def problems(found: "Comparison") -> list[str]:
+def problems(found: Observed) -> list[str]:
     """What is beyond tolerance."""
     return [problem for rule in RULES if (problem := rule(found)) is not None]
 
 
-def sentence(found: "Comparison") -> str:
-    """The verdict."""
+def sentence(found: Observed) -> str:
+    """The verdict in one sentence."""
     steps = f"{len(found.losses)} step{'s' if len(found.losses) != 1 else ''}"
     if wrong := problems(found):
         return f"different: {'; '.join(wrong)}"
@@ -35,33 +31,25 @@ def on_every_mesh(key: str) -> bool:
     return what == "route" or (what == "out" and (is_block or is_sublayer(module)))
 
 
-def is_beyond(found: "Comparison", module: "ModuleDifference") -> bool:
-    """Whether a module is beyond tolerance; later steps have other weights."""
-    limits = found.tolerance
-    limit = limits.module if module.step == found.first_step else limits.later_module
-    worst = limits.token * limits.module if module.step == found.first_step else math.inf
-    return bool(module.missing) or not module.relative <= limit or not module.worst <= max(worst, limit)
-
-
-def _alone(found: "Comparison") -> str | None:
+def _alone(found: Observed) -> str | None:
     if not found.alone:
         return None
     more = f" and {len(found.alone) - 1} more" if len(found.alone) > 1 else ""
     return f"only one run has {found.alone[0]}{more}"
 
 
-def _nothing_to_compare(found: "Comparison") -> str | None:
+def _nothing_to_compare(found: Observed) -> str | None:
     kinds = {"modules": found.modules, "routes": found.flips, "gradients": found.gradients}
     empty = [name for name, there in kinds.items() if not there]
     return f"no {' and no '.join(empty)} were captured in both" if empty else None
 
 
-def _rates(found: "Comparison") -> str | None:
+def _rates(found: Observed) -> str | None:
     rate = next((rate for rate in found.rates if rate[1] != rate[2]), None)
     return None if rate is None else f"learning rates at step {rate[0]}: {rate[1]} and {rate[2]}"
 
 
-def _replicas(found: "Comparison") -> str | None:
+def _replicas(found: Observed) -> str | None:
     both = [(m.step, m.module, m.replicas) for m in found.modules]
     both += [(f.step, f.layer, f.replicas) for f in found.flips]
     wrong = next((place for place in both if place[2]), None)
@@ -70,7 +58,7 @@ def _replicas(found: "Comparison") -> str | None:
     return f"ranks of one run do not agree on {wrong[1]} at step {wrong[0]}, {wrong[2]} tokens"
 
 
-def _place(found: "Comparison") -> str | None:
+def _place(found: Observed) -> str | None:
     place = found.first_beyond
     if place is None:
         return None
@@ -78,7 +66,7 @@ def _place(found: "Comparison") -> str | None:
     return f"{place.module} at step {place.step} by {place.relative:.2g} ({place.beyond}){missing}"
 
 
-def _scores(found: "Comparison") -> str | None:
+def _scores(found: Observed) -> str | None:
     first = [f for f in found.flips if f.step == found.first_step]
     moved = next((f for f in first if not f.moved <= found.tolerance.module), None)
     if moved is None:
@@ -86,7 +74,7 @@ def _scores(found: "Comparison") -> str | None:
     return f"scores of {moved.layer} at step {moved.step} by {moved.moved:.2g}, the median token"
 
 
-def _suspicious(found: "Comparison") -> str | None:
+def _suspicious(found: Observed) -> str | None:
     flips = next((flips for flips in found.flips if flips.suspicious), None)
     if flips is None:
         return None
@@ -96,14 +84,14 @@ def _suspicious(found: "Comparison") -> str | None:
     )
 
 
-def _biases(found: "Comparison") -> str | None:
+def _biases(found: Observed) -> str | None:
     """The balance of experts follows the routes: while no token flips, biases are the same."""
     last = math.inf if found.first_flip is None else found.first_flip.step
     step, layer = next((bias for bias in found.expert_biases if bias[0] <= last), (0, None))
     return None if layer is None else f"{layer} at step {step}, before any route flips"
 
 
-def _gradient(found: "Comparison") -> str | None:
+def _gradient(found: Observed) -> str | None:
     limit = found.tolerance.gradient
     wrong = {name: off for name, (off, _) in found.gradients.items() if not off <= limit}
     if not wrong:
@@ -113,7 +101,7 @@ def _gradient(found: "Comparison") -> str | None:
     return f"gradient of {worst}{others} by {wrong[worst]:.2g} of its norm, norm ratio {ratio:.4g}"
 
 
-def _gradient_norms(found: "Comparison") -> str | None:
+def _gradient_norms(found: Observed) -> str | None:
     for step in sorted({step for by_step in found.gradient_norms.values() for step in by_step}):
         limit = _gradient_limit(found, step)
         ratios = {name: by[step] for name, by in found.gradient_norms.items() if step in by}
@@ -124,14 +112,14 @@ def _gradient_norms(found: "Comparison") -> str | None:
     return None
 
 
-def _grad_norm(found: "Comparison") -> str | None:
+def _grad_norm(found: Observed) -> str | None:
     for step, base, candidate in found.grad_norms:
         if not relative(base, candidate) <= _gradient_limit(found, step):
             return f"grad_norm at step {step}: {base:.6g} and {candidate:.6g}"
     return None
 
 
-def _loss(found: "Comparison") -> str | None:
+def _loss(found: Observed) -> str | None:
     for step, base, candidate in found.losses:
         limit = found.tolerance.first_loss if step == found.losses[0][0] else found.tolerance.loss
         if not relative(base, candidate) <= limit:
@@ -139,7 +127,7 @@ def _loss(found: "Comparison") -> str | None:
     return None
 
 
-def _gradient_limit(found: "Comparison", step: int) -> float:
+def _gradient_limit(found: Observed, step: int) -> float:
     return found.tolerance.gradient if step == found.first_step else found.tolerance.later_gradient
 
 
@@ -147,7 +135,7 @@ def _far(ratio: float) -> float:
     return abs(math.log(max(ratio, 1e-30))) if math.isfinite(ratio) else math.inf
 
 
-RULES: tuple[Callable[["Comparison"], str | None], ...] = (
+RULES: tuple[Callable[[Observed], str | None], ...] = (
     _nothing_to_compare,
     _alone,
     _rates,

@@ -1,4 +1,4 @@
-"""``python -m titan_moe.plan CONFIG.toml [--section.key value ...]``: a run's memory and traffic, unpaid.
+"""``python -m titan_moe plan CONFIG.toml [--section.key value ...]``: a run's memory and traffic, unpaid.
 
 Ranks are counted as the config check counts them: NGPU * NNODES. Also by
 ``COMM_MODE=fake_backend NGPU=512 ./run_train.sh CONFIG.toml``. Flags of its own:
@@ -19,8 +19,8 @@ from pathlib import Path
 
 def main(argv: Sequence[str]) -> int:
     """Prints the plan; returns the exit code, 2 for a wrong config or flag."""
-    from titan_moe.config import ConfigError
-    from titan_moe.config.job import world_size_from_env
+    from titan_moe.trainer.config import ConfigError
+    from titan_moe.trainer.config.job import world_size_from_env
 
     try:
         flags, config = _parse(argv)
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    from titan_moe.config import ConfigError
+    from titan_moe.trainer.config import ConfigError
 
     def fail(message: str) -> None:
         raise ConfigError(f"command line: {message}")
@@ -71,7 +71,7 @@ def _refuse_a_gpu() -> None:
     """torchtitan decides for a device when it is imported, and fake tensors here are the CPU's."""
     from torchtitan.tools.utils import device_type
 
-    from titan_moe.config import ConfigError
+    from titan_moe.trainer.config import ConfigError
 
     if device_type != "cpu":
         raise ConfigError(

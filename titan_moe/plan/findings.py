@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 
-from titan_moe import dispatch
-from titan_moe.blocks import count_drawn
-from titan_moe.config import ConfigError, Job, load
+from titan_moe.layer import dispatch
+from titan_moe.parallel.blocks import count_drawn
 from titan_moe.plan.memory import Held, largest_unit
 from titan_moe.plan.rehearsal import Axis, Microbatch, Rehearsal, fake_world
 from titan_moe.plan.routes import Load, Routes
 from titan_moe.plan.wire import Call
+from titan_moe.trainer.config import ConfigError, Job, load
 
 LOADS: tuple[Load, ...] = ("balanced", "worst")
 
@@ -74,7 +74,7 @@ class Findings:
 
 
 def find(argv: Sequence[str], world_size: int, ranks_per_node: int) -> Findings:
-    """Rehearses what ``titan_moe.train`` would do with these arguments on that many ranks.
+    """Rehearses what ``titan_moe.trainer.train`` would do with these arguments on that many ranks.
 
     Raises:
         ConfigError: the config is wrong, or asks for what cannot be rehearsed.

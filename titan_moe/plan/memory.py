@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from titan_moe.names import plain_name
+from titan_moe.layer.names import plain_name
 from titan_moe.plan.wire import wraps_another
 
 

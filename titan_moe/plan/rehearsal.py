@@ -25,8 +25,8 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.utils import set_default_dtype
 from torchtitan.trainer import Trainer
 
-from titan_moe.dispatch.base import DispatchLimits
-from titan_moe.moe import MoE
+from titan_moe.layer.dispatch.base import DispatchLimits
+from titan_moe.layer.moe import MoE
 from titan_moe.plan.attention import plan_attention, planned
 from titan_moe.plan.memory import Alive, Held, held
 from titan_moe.plan.routes import Load, Routes
@@ -57,7 +57,7 @@ class Microbatch:
 
 
 class Rehearsal:
-    """A model built, sharded and wrapped as ``titan_moe.train`` does it, as rank 0 of a fake world.
+    """A model built, sharded and wrapped as ``titan_moe.trainer.train`` does it, as rank 0 of a fake world.
 
     Rank 0 is the one that holds most: ``torch.chunk`` gives the first ranks the larger parts.
     """

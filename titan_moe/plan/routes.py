@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from titan_moe.dispatch.base import DispatchLimits
-from titan_moe.dispatch.uniform import ranks_per_token
+from titan_moe.layer.dispatch.base import DispatchLimits
+from titan_moe.layer.dispatch.uniform import ranks_per_token
 
 Load = Literal["balanced", "worst"]
 

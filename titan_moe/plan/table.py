@@ -6,7 +6,7 @@ from typing import Any
 
 from torchtitan.config import TORCH_DTYPE_MAP
 
-from titan_moe.blocks import seconds_per_million
+from titan_moe.parallel.blocks import seconds_per_million
 from titan_moe.plan.findings import LOADS, Findings
 
 GIB = 2**30

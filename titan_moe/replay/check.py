@@ -13,18 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from titan_moe.dispatch.base import Routing
+from titan_moe.layer.dispatch.base import Routing
+from titan_moe.layer.router import Choice, Query
 from titan_moe.replay.ids import MISSING
 from titan_moe.replay.regions import unseen_by_selective_ac
 from titan_moe.replay.slots import Microbatch, Slot
 from titan_moe.replay.together import Together
-from titan_moe.router import Choice, Query
 
 NEAR_TIE = 1e-3  # of the router's scores: a flip at a smaller margin between K-th and next is rounding
-
-
-# Forwards, those that a backward is due for, backwards, recomputations, forwards that ran live.
-_CALLS = ("fwd", "due", "bwd", "recomputed", "live")
 
 
 class ReplayCheckError(RuntimeError):

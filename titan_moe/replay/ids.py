@@ -1,6 +1,6 @@
 """Expert ids from elsewhere: strict about what comes in, total about what is missing.
 
-Missing ids are -1. The legend is in ``titan_moe/moe.py``.
+Missing ids are -1. The legend is in ``titan_moe/layer/moe.py``.
 """
 
 from collections.abc import Sequence

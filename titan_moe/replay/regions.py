@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-from titan_moe.router import Choice
+from titan_moe.layer.router import Choice
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 

@@ -17,7 +17,7 @@ from titan_moe.replay.together import Together
 
 
 class RolloutReplay:
-    """Installs ids for forwards of a model that ``titan_moe.parallelize`` has sharded.
+    """Installs ids for forwards of a model that ``titan_moe.parallel.parallelize`` has sharded.
 
     Scores stay those of the live gate, so router gradients flow. Backward may run inside of the context or
     later, in any order: recomputation finds the ids of its own forward.

@@ -13,12 +13,12 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from titan_moe.dispatch.base import DispatchMetadata
-from titan_moe.load_balance import is_recomputing
-from titan_moe.names import plain_name
+from titan_moe.layer.dispatch.base import DispatchMetadata
+from titan_moe.layer.names import plain_name
+from titan_moe.layer.recomputation import is_recomputing
+from titan_moe.layer.router import Choice, Query, TokenChoiceTopKRouter
 from titan_moe.replay.ids import LayerShape, balanced_ranking, fill_missing
 from titan_moe.replay.regions import Regions
-from titan_moe.router import Choice, Query, TokenChoiceTopKRouter
 
 
 class Installed(NamedTuple):

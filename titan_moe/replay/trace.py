@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from titan_moe.layer.router import Choice, Query
 from titan_moe.replay.ids import MISSING, LayerShape, ReplayDataError, check_layer, narrowest_dtype
 from titan_moe.replay.slots import Microbatch, Slot
-from titan_moe.router import Choice, Query
 
 FORMAT = 1
 _UNWRITTEN = -2  # no rank recorded the token; MISSING is an id that is to be filled

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from titan_moe.names import plain_name
+from titan_moe.layer.names import plain_name
 from titan_moe.replay.check import Gates, ReplayCheck, ReplayCheckError
 from titan_moe.replay.ids import LayerShape, ReplayDataError
 from titan_moe.replay.section import RoutingReplay

@@ -1,7 +1,0 @@
-"""Training text without a network, packed the same on every mesh: Python's own sources, or local files."""
-
-from titan_moe.data.bpe import TOKENIZER_DIR
-from titan_moe.data.corpus import DataError
-from titan_moe.data.loader import TextDataLoader
-
-__all__ = ["TOKENIZER_DIR", "DataError", "TextDataLoader"]

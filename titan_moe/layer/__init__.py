@@ -1,0 +1,1 @@
+"""The MoE layer: router, dispatch, experts, and what they need. Nothing here knows of a trainer."""

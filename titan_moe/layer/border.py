@@ -1,0 +1,82 @@
+"""Where MoE's DTensor world ends and its local-token world begins, and back.
+
+Inside the border every tensor is a plain local shard and every token is real. The legend is in
+``titan_moe/layer/moe.py``; the rows of the placement table are in ``titan_moe/parallel/sharding.py``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from titan_moe.layer.dispatch.base import DispatchMetadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBorder:
+    """Placements on the TP axis at the border.
+
+    Attributes:
+        tokens: what the local region reads: ``Shard(1)``, or ``Replicate()`` when EP is off.
+        token_grads: what its backward hands back.
+        outputs: what each rank holds when the region is done.
+    """
+
+    tokens: Placement
+    token_grads: Placement
+    outputs: Placement
+
+    def enter(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, DispatchMetadata]:
+        """``(T, D)`` local tokens and where they sit in the (B, L) grid.
+
+        Args:
+            x_BLD: a plain tensor (no TP), or a DTensor on the TP mesh, ``Shard(1)`` or replicated; L
+                need not divide by the mesh.
+        """
+        if not isinstance(x_BLD, DTensor):
+            return x_BLD.reshape(-1, x_BLD.shape[-1]), _layout(x_BLD.shape, x_BLD.shape[1])
+        mesh = x_BLD.device_mesh
+        local_BLD = x_BLD.redistribute(placements=[self.tokens]).to_local(grad_placements=[self.token_grads])
+        sp_rank, sp_size = (mesh.get_local_rank(), mesh.size()) if self.tokens.is_shard() else (0, 1)
+        layout = _layout(local_BLD.shape, x_BLD.shape[1], sp_rank, sp_size)
+        return local_BLD.reshape(-1, x_BLD.shape[-1]), layout
+
+    def leave(self, out_TD: torch.Tensor, layout: DispatchMetadata, like: torch.Tensor) -> torch.Tensor:
+        """``out_TD`` as a tensor of ``like``'s kind and placements.
+
+        The global shape is stated: DTensor would infer ``local * sp_size``, which is wrong for an
+        uneven shard (pytorch/torchtitan#3577).
+        """
+        out_BLD = out_TD.view(layout.local_shape)
+        if not isinstance(like, DTensor):
+            return out_BLD
+        _, global_seq_len, dim = layout.global_shape
+        out_BLD = DTensor.from_local(
+            out_BLD,
+            like.device_mesh,
+            [self.outputs],
+            run_check=False,
+            shape=torch.Size(layout.global_shape),
+            stride=(global_seq_len * dim, dim, 1),
+        )
+        return out_BLD.redistribute(placements=like.placements)
+
+
+def _layout(
+    local_shape: torch.Size, global_seq_len: int, sp_rank: int = 0, sp_size: int = 1
+) -> DispatchMetadata:
+    batch_size, seq_len, dim = local_shape
+    return DispatchMetadata.of(
+        local_batch_size=batch_size,
+        local_seq_len=seq_len,
+        dim=dim,
+        global_seq_len=global_seq_len,
+        sp_rank=sp_rank,
+        sp_size=sp_size,
+    )
+
+
+# EP on: each TP rank routes its own shard of the sequence. EP off: each TP rank routes every token
+# through its slice of the experts' hidden dim, so results and gradients are parts of a sum.
+SHARDED_TOKENS = TokenBorder(tokens=Shard(1), token_grads=Shard(1), outputs=Shard(1))
+SHARDED_HIDDEN = TokenBorder(tokens=Replicate(), token_grads=Partial(), outputs=Partial())

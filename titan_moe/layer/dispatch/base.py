@@ -1,0 +1,278 @@
+"""The dispatcher contract, field by field. The shape legend is in ``titan_moe/layer/moe.py``."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.config import Configurable
+
+
+class Source(NamedTuple):
+    """What rows were gathered from: row r is ``rows_TD[index_R[r]]``, and token t's rows are ``place_TK[t]``.
+
+    Kept for backward in place of the rows, and given their gradient, summed over K. present_TK: bool, which
+    places are any; None: all.
+    """
+
+    rows_TD: torch.Tensor
+    index_R: torch.Tensor
+    place_TK: torch.Tensor
+    present_TK: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchMetadata:
+    """Where this rank's tokens sit in the (B, L) grid; the receipt that ``combine`` consumes.
+
+    The sequence is split over the SP ranks as ``torch.chunk`` splits it: rank r holds positions
+    ``[r * P, min((r + 1) * P, global_seq_len))`` with ``P = local_seq_len_after_padding``; late ranks
+    may hold fewer or none. Padding is a number here, never a row ("virtual padding",
+    pytorch/torchtitan#3577). Each backend subclasses this with what its ``combine`` needs.
+
+    Raises:
+        ValueError: the numbers do not describe such a split.
+    """
+
+    local_batch_size: int  # B on this rank
+    local_seq_len: int  # L on this rank, real tokens
+    dim: int  # D
+    global_seq_len: int  # L before SP
+    local_seq_len_after_padding: int  # ceil(global_seq_len / sp_size): the same on all SP ranks
+    num_local_tokens_after_padding: int  # B * the above: what fixed-size buffers are sized by
+    sp_rank: int
+    sp_size: int
+    source: Source | None = None  # of the rows that dispatch made; None where it kept nothing smaller
+
+    def __post_init__(self) -> None:
+        if any(isinstance(value, torch.SymInt) for value in (self.sp_rank, self.local_seq_len)):
+            return  # traced or simulated ranks: a comparison would ask for one answer for all of them
+        if not 0 <= self.sp_rank < self.sp_size:
+            raise ValueError(
+                f"sp_rank ({self.sp_rank}) must be in [0, sp_size) with sp_size ({self.sp_size})"
+            )
+        padded = -(-self.global_seq_len // self.sp_size)
+        if self.local_seq_len_after_padding != padded:
+            raise ValueError(
+                f"local_seq_len_after_padding ({self.local_seq_len_after_padding}) must be "
+                f"ceil(global_seq_len / sp_size) = ceil({self.global_seq_len} / {self.sp_size}) = {padded}"
+            )
+        held = min(max(self.global_seq_len - self.sp_rank * padded, 0), padded)
+        if self.local_seq_len != held:
+            raise ValueError(
+                f"local_seq_len ({self.local_seq_len}) must be {held}: rank {self.sp_rank} of {self.sp_size} "
+                f"holds that many of global_seq_len ({self.global_seq_len}) in torch.chunk order"
+            )
+        if self.num_local_tokens_after_padding != self.local_batch_size * padded:
+            raise ValueError(
+                f"num_local_tokens_after_padding ({self.num_local_tokens_after_padding}) must be "
+                f"local_batch_size ({self.local_batch_size}) * {padded}"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        local_batch_size: int,
+        local_seq_len: int,
+        dim: int,
+        global_seq_len: int,
+        sp_rank: int = 0,
+        sp_size: int = 1,
+    ) -> "DispatchMetadata":
+        """The metadata of one rank, with the padded counts derived."""
+        padded = -(-global_seq_len // sp_size)
+        return DispatchMetadata(
+            local_batch_size=local_batch_size,
+            local_seq_len=local_seq_len,
+            dim=dim,
+            global_seq_len=global_seq_len,
+            local_seq_len_after_padding=padded,
+            num_local_tokens_after_padding=local_batch_size * padded,
+            sp_rank=sp_rank,
+            sp_size=sp_size,
+        )
+
+    @classmethod
+    def extend(cls, layout: "DispatchMetadata", **receipt: Any) -> Self:
+        """``layout`` plus what a backend's ``combine`` needs, as that backend's own class."""
+        return cls(**{**vars(layout), **receipt})
+
+    @property
+    def num_local_tokens(self) -> int:
+        """T: real tokens on this rank."""
+        return self.local_batch_size * self.local_seq_len
+
+    @property
+    def local_shape(self) -> tuple[int, int, int]:
+        """(B, L, D) on this rank."""
+        return (self.local_batch_size, self.local_seq_len, self.dim)
+
+    @property
+    def global_shape(self) -> tuple[int, int, int]:
+        """(B, L, D) over all SP ranks; B stays this data-parallel rank's own."""
+        return (self.local_batch_size, self.global_seq_len, self.dim)
+
+    def global_token_indices(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """``(T,)`` int64: the place of each local token in the flattened (B, global L) grid.
+
+        ``b * global_seq_len + sp_rank * local_seq_len_after_padding + l``. A flat offset per rank is
+        right for B == 1 only (pytorch/torchtitan#3604).
+        """
+        rows_B1 = torch.arange(self.local_batch_size, device=device).unsqueeze(1) * self.global_seq_len
+        cols_1L = torch.arange(self.local_seq_len, device=device).unsqueeze(0)
+        first = self.sp_rank * self.local_seq_len_after_padding
+        return (rows_B1 + cols_1L + first).reshape(-1)
+
+
+class Routing(NamedTuple):
+    """What the router decided for T tokens.
+
+    Attributes:
+        topk_scores_TK: weights of the chosen experts, fp32 (fp64 when the gate ran in fp64).
+        topk_expert_ids_TK: int64, K different ids in [0, E) per row; the column is the top-k slot.
+        num_tokens_per_expert_E: int64, this rank's own tokens per expert, masked picks left out.
+        present_TK: bool; where False the pick is masked (its id may be -1): it goes to no expert, adds
+            nothing to the output, and its score gets a zero gradient. None: every pick is there.
+        load_E: int64, the tokens per expert that count as load; None: all of them.
+        origin: for the check of a routing replay: where the ids come from. Dispatchers ignore it.
+    """
+
+    topk_scores_TK: torch.Tensor
+    topk_expert_ids_TK: torch.Tensor
+    num_tokens_per_expert_E: torch.Tensor
+    present_TK: torch.Tensor | None = None
+    load_E: torch.Tensor | None = None
+    origin: Any = None
+
+    @property
+    def counted_E(self) -> torch.Tensor:
+        """``(E,)`` int64: the tokens that count as load."""
+        return self.num_tokens_per_expert_E if self.load_E is None else self.load_E
+
+
+class Traffic(NamedTuple):
+    """What one rank hands to the network in one forward, the rows it sends to itself included.
+
+    Bytes are those of rows and of what travels with each of them (ids, scores), without the exchange of
+    counts. Backward sends the mirror of it, except where a dispatcher says otherwise.
+    """
+
+    dispatch_rows: int = 0
+    dispatch_bytes: int = 0
+    combine_rows: int = 0
+    combine_bytes: int = 0
+
+
+M = TypeVar("M", bound=DispatchMetadata)
+
+
+class Dispatched(NamedTuple, Generic[M]):
+    """Rows for the local experts and the receipt for the way back.
+
+    Attributes:
+        x_RD: expert-major; inside an expert by source rank, then by local token; no padding rows.
+        num_tokens_per_local_expert_e: int64, sums to R.
+        metadata: immutable; ``combine`` needs nothing else and may run twice with the same bits.
+    """
+
+    x_RD: torch.Tensor
+    num_tokens_per_local_expert_e: torch.Tensor
+    metadata: M
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchLimits:
+    """What a backend may rely on for the whole run, computed once from the config, the same on every rank."""
+
+    num_experts: int  # E
+    top_k: int  # K
+    dim: int  # D
+    ep_size: int
+    num_max_tokens_per_rank: int  # num_local_tokens_after_padding of the longest batch
+    dtype: torch.dtype = torch.bfloat16  # of the rows
+    device_type: str = "cpu"
+    compiled: bool = False  # the layer runs under torch.compile
+    num_expert_groups: int | None = None  # G, with group-limited routing
+    num_limited_groups: int | None = None  # groups a token may use
+
+
+class TokenDispatcher(Configurable, ABC, Generic[M]):
+    """Moves tokens to the ranks that own their experts, and the results back.
+
+    Not a Module: it has no parameters and keeps nothing between calls, so recomputation, several
+    microbatches in flight and two models in one process need no special care.
+    """
+
+    requires_ep: ClassVar[bool]  # refuses to run without an EP mesh
+    needs_host_sync: ClassVar[bool]  # dispatch waits for the device once
+    bitwise_equal_to: str | None  # "local" when outputs carry the same bits, else None
+    moves: str  # for docs/dispatchers.md: what leaves a rank
+    needs: str  # and what it takes
+    choose: str  # and when to choose it
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # Config keys the contract tests go through
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        """num_experts and top_k have the names and meaning they have in torchtitan 0.3.0."""
+
+        num_experts: int  # E
+        top_k: int  # K
+
+        def validate(self, limits: DispatchLimits) -> None:
+            """Raises ValueError when this backend cannot work within ``limits``."""
+            if limits.num_experts % limits.ep_size:
+                raise ValueError(
+                    f"num_experts ({limits.num_experts}) must be divisible by "
+                    f"parallelism.expert_parallel_degree ({limits.ep_size})"
+                )
+
+    def __init__(self, config: Config) -> None:
+        self.num_experts = config.num_experts
+        self.top_k = config.top_k
+        self.ep_mesh: DeviceMesh | None = None
+        self.limits: DispatchLimits | None = None
+
+    def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits) -> None:
+        """Ties the dispatcher to its EP mesh (None: EP is off). Called once, before the first step.
+
+        Rank r of the mesh owns the experts ``[r * e, (r + 1) * e)``.
+        """
+        self.ep_mesh, self.limits = ep_mesh, limits
+
+    def unbind(self) -> None:
+        """Gives back what ``bind`` took. Collective; called once, before the process groups end."""
+
+    @abstractmethod
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata) -> Dispatched[M]:
+        """Sends each token to its K experts. Collective over the EP mesh; T may be 0 on any rank."""
+
+    def combine(self, y_RD: torch.Tensor, metadata: M) -> torch.Tensor:
+        """``(T, D)``: the score-weighted sum of each token's K expert outputs, on its own rank.
+
+        Multiplies and accumulates in fp32 (fp64 for fp64 rows) in top-k slot order and rounds once,
+        to the dtype of ``y_RD``. A variant that reduces before it sends rounds once more per rank, and
+        says so: its ``bitwise_equal_to`` is None.
+        """
+        return self.finish_combine(self.start_combine(y_RD, metadata), metadata)
+
+    @abstractmethod
+    def start_combine(self, y_RD: torch.Tensor, metadata: M) -> Any:
+        """The first half of ``combine``: launches what it communicates and does not wait for it."""
+
+    @abstractmethod
+    def finish_combine(self, in_flight: Any, metadata: M) -> torch.Tensor:
+        """The second half: waits for what ``start_combine`` returned, and sums."""
+
+    @abstractmethod
+    def traffic(self, metadata: M, itemsize: int) -> Traffic:
+        """What a forward with this receipt sends. Host numbers, no sync.
+
+        Args:
+            itemsize: bytes per element of the rows.
+        """
+
+    @abstractmethod
+    def uniform_rows_per_token(self, limits: DispatchLimits) -> tuple[float, float]:
+        """The rows that ``dispatch`` and ``combine`` send per token, expected under uniform routing."""
