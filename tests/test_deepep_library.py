@@ -38,7 +38,7 @@ from tests.test_dispatch import (
     expected_rows,
     groups,
 )
-from titan_moe.layer.dispatch import deepep_library
+from titan_moe.layer.dispatch.deepep import library as deepep_library
 from titan_moe.layer.dispatch.base import DispatchLimits, DispatchMetadata, Routing, Traffic
 from titan_moe.layer.dispatch.deepep.dispatcher import DeepEPDispatcher
 from titan_moe.layer.dispatch.deepep.library import Library

@@ -394,9 +394,10 @@ CAUSES = {
 
 def with_ranks(checkout: Checkout, ranks: dict[str, str]) -> dict[str, str]:
     """A titan_moe.trainer.train of two ranks under the real torchrun."""
-    (checkout.root / "titan_moe").mkdir()
-    (checkout.root / "titan_moe" / "train.py").write_text(FAKE_TRAIN)
-    shutil.copy(ROOT / "titan_moe" / "launch.py", checkout.root / "titan_moe")
+    trainer = checkout.root / "titan_moe" / "trainer"
+    trainer.mkdir(parents=True)
+    (trainer / "train.py").write_text(FAKE_TRAIN)
+    shutil.copy(ROOT / "titan_moe" / "trainer" / "launch.py", trainer)
     scratch = checkout.root / "tmp"
     scratch.mkdir()
     return {"NGPU": "2", "FAKE_RANKS": json.dumps(ranks), "TMPDIR": str(scratch)}

@@ -16,7 +16,7 @@ from tests.layers import Mesh
 from tests.oracle import Case, random_case
 from tests.ranks import RankContext, run_ranks
 from tests.test_layering import ROOT
-from titan_moe.bench import traffic as bench
+from titan_moe.bench import dispatcher_traffic as bench
 from titan_moe.bench.dispatchers import closed_form, facts
 from titan_moe.layer.dispatch.base import DispatchLimits, DispatchMetadata, Routing, Traffic
 from titan_moe.layer.dispatch.uniform import ranks_per_token
