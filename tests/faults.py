@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from titan_moe.layer import router
 from titan_moe.layer.border import SHARDED_HIDDEN, SHARDED_TOKENS, TokenBorder
-from titan_moe.layer.dispatch.base import DispatchMetadata
+from titan_moe.layer.layout import TokenLayout
 from titan_moe.layer.moe import MoE
 
 
@@ -17,7 +17,7 @@ from titan_moe.layer.moe import MoE
 class _FlatOffset(TokenBorder):
     """pytorch/torchtitan#3604: each rank adds its tokens to a whole buffer at ``sp_rank * T``."""
 
-    def leave(self, out_TD: Tensor, layout: DispatchMetadata, like: Tensor) -> Tensor:
+    def leave(self, out_TD: Tensor, layout: TokenLayout, like: Tensor) -> Tensor:
         assert isinstance(like, DTensor)
         whole_TD = out_TD.new_zeros(layout.local_batch_size * layout.global_seq_len, layout.dim)
         places_T = torch.arange(out_TD.shape[0]) + layout.sp_rank * layout.num_local_tokens
@@ -30,7 +30,7 @@ class _FlatOffset(TokenBorder):
 class _InferredShape(TokenBorder):
     """pytorch/torchtitan#3577: the global length is taken to be ``local * sp_size``."""
 
-    def leave(self, out_TD: Tensor, layout: DispatchMetadata, like: Tensor) -> Tensor:
+    def leave(self, out_TD: Tensor, layout: TokenLayout, like: Tensor) -> Tensor:
         assert isinstance(like, DTensor)
         local = out_TD.view(layout.local_shape)
         placed = DTensor.from_local(local, like.device_mesh, [self.outputs], run_check=False)

@@ -38,10 +38,11 @@ from tests.test_dispatch import (
     expected_rows,
     groups,
 )
+from titan_moe.layer.dispatch.base import DispatchLimits, Routing, Traffic
 from titan_moe.layer.dispatch.deepep import library as deepep_library
-from titan_moe.layer.dispatch.base import DispatchLimits, DispatchMetadata, Routing, Traffic
 from titan_moe.layer.dispatch.deepep.dispatcher import DeepEPDispatcher
 from titan_moe.layer.dispatch.deepep.library import Library
+from titan_moe.layer.layout import TokenLayout
 
 # No code of ours touches a device because of them.
 CUDA = DispatchLimits(
@@ -170,7 +171,7 @@ class Unwaited(DeepEPDispatcher):
 class ZerosMasked(DeepEPDispatcher):
     """Drops picks whose score is 0, as torchtitan 0.3.0's wrapper does."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, layout: DispatchMetadata) -> Any:
+    def dispatch(self, x_TD: Tensor, routing: Routing, layout: TokenLayout) -> Any:
         return super().dispatch(x_TD, routing._replace(present_TK=routing.topk_scores_TK != 0), layout)
 
 

@@ -26,6 +26,7 @@ from tests.ranks import Mode, RankContext, run_ranks
 from titan_moe.layer import dispatch
 from titan_moe.layer.dispatch.base import DispatchLimits, DispatchMetadata, Routing, TokenDispatcher
 from titan_moe.layer.experts import GroupedExperts
+from titan_moe.layer.layout import TokenLayout
 
 RANKS, E, D, F = 4, 8, 16, 8
 EP_SIZES = (1, 2, 4)
@@ -234,7 +235,7 @@ class OnRank:
             setattr(self.experts, weight, parameter)
         names = groups[0].places[0]
         place = {n: own(lambda group, n=n: [part[n] for part in group.places]) for n in names}
-        self.layout = DispatchMetadata.of(**place)
+        self.layout = TokenLayout(**place)
 
     def dispatch(self, x_TD: Tensor | None = None, scores_TK: Tensor | None = None) -> Any:
         scores_TK = self.scores_TK if scores_TK is None else scores_TK
@@ -736,7 +737,7 @@ class TestHostSyncs:
 
 def _reversed_rows(cls: Any) -> Any:
     class Reversed(cls):  # results are right, the order inside an expert is not
-        def dispatch(self, x_TD: Tensor, routing: Routing, layout: DispatchMetadata) -> Any:
+        def dispatch(self, x_TD: Tensor, routing: Routing, layout: TokenLayout) -> Any:
             sent = super().dispatch(x_TD, routing, layout)
             counts_e = sent.num_tokens_per_local_expert_e
             num_rows = sent.x_RD.shape[0]
@@ -753,7 +754,7 @@ def _reversed_rows(cls: Any) -> Any:
 
 def _reversed_slots(cls: Any) -> Any:
     class Reversed(cls):  # the K addends of a token, and of its gradient, the other way round
-        def dispatch(self, x_TD: Tensor, routing: Routing, layout: DispatchMetadata) -> Any:
+        def dispatch(self, x_TD: Tensor, routing: Routing, layout: TokenLayout) -> Any:
             assert routing.present_TK is None
             slots = {
                 "topk_scores_TK": routing.topk_scores_TK,
@@ -777,7 +778,7 @@ def _mutating_combine(cls: Any) -> Any:
 
 def _stateful(cls: Any) -> Any:
     class Stateful(cls):
-        def dispatch(self, x_TD: Tensor, routing: Routing, layout: DispatchMetadata) -> Any:
+        def dispatch(self, x_TD: Tensor, routing: Routing, layout: TokenLayout) -> Any:
             sent = super().dispatch(x_TD, routing, layout)
             self.metadata = sent.metadata
             return sent

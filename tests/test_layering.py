@@ -35,7 +35,7 @@ INSIDE: dict[str, tuple[set[str], ...]] = {
         {"router", "border", "load_balance", "experts", "dispatch.<backend>"},
         {"dispatch.<part>"},
         {"dispatch.ops", "dispatch.collectives", "dispatch.uniform"},
-        {"dispatch", "dispatch.base"},
+        {"dispatch", "dispatch.base", "dispatch.ownership"},
         {"kernels", "layout", "grouped_mm", "recomputation", "names"},
     ),
     "parallel": ({"parallelize"}, {"limits"}, {"sharding", "initialization"}, {"blocks"}),
@@ -45,7 +45,7 @@ INSIDE: dict[str, tuple[set[str], ...]] = {
         {"checkpoint", "data", "device", "launch", "metrics"},
     ),
 }
-NOT_BACKENDS = {"base", "ops", "collectives", "uniform"}
+NOT_BACKENDS = {"base", "ops", "collectives", "uniform", "ownership"}
 # What the order alone would let through.
 NEVER = {
     ("replay", "layer.moe"): "replay reaches layers through the router, by key",

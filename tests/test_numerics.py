@@ -20,7 +20,7 @@ from tests.ranks import run_ranks
 from tests.training import train
 from titan_moe.layer import router
 from titan_moe.layer.border import TokenBorder
-from titan_moe.layer.dispatch.base import DispatchMetadata
+from titan_moe.layer.layout import TokenLayout
 from titan_moe.layer.moe import MoE
 from titan_moe.numerics import runs
 from titan_moe.numerics.__main__ import main
@@ -125,7 +125,7 @@ class _DoubledGradient(torch.autograd.Function):
 class _DroppedTail(TokenBorder):
     """The last position of each sequence gets nothing from the routed experts."""
 
-    def leave(self, out_TD: Tensor, layout: DispatchMetadata, like: Tensor) -> Tensor:
+    def leave(self, out_TD: Tensor, layout: TokenLayout, like: Tensor) -> Tensor:
         positions_T = layout.global_token_indices() % layout.global_seq_len
         kept_T = positions_T != layout.global_seq_len - 1
         return super().leave(out_TD * kept_T.unsqueeze(1), layout, like)

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torchtitan.models.common.linear import Linear
 
 from tests import oracle
-from titan_moe.layer.dispatch.base import DispatchMetadata, Routing
+from titan_moe.layer.dispatch.base import Routing
+from titan_moe.layer.layout import TokenLayout
 from titan_moe.layer.router import Choice, Query, TokenChoiceTopKRouter
 from titan_moe.replay.ids import (
     MISSING,
@@ -913,10 +914,10 @@ class TestLoad:
 # --- from installed ids to a routing: what the slot makes of rows with gaps
 
 
-def layout(batch_size: int, seq_len: int, sp_rank: int = 0, sp_size: int = 1) -> DispatchMetadata:
+def layout(batch_size: int, seq_len: int, sp_rank: int = 0, sp_size: int = 1) -> TokenLayout:
     padded = -(-seq_len // sp_size)
     held = min(max(seq_len - sp_rank * padded, 0), padded)
-    return DispatchMetadata.of(
+    return TokenLayout(
         local_batch_size=batch_size,
         local_seq_len=held,
         dim=D,

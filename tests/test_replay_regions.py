@@ -27,7 +27,8 @@ from tests.layers import Mesh
 from tests.oracle import MODULE_FQNS, Case
 from tests.ranks import Mode, RankContext, run_ranks
 from tests.test_load_balance import ALONE, CASES, Block, Model, counts, layer_case
-from titan_moe.layer.dispatch.base import DispatchMetadata, Routing
+from titan_moe.layer.dispatch.base import Routing
+from titan_moe.layer.layout import TokenLayout
 from titan_moe.layer.load_balance import LoadBalancer
 from titan_moe.layer.moe import MoE
 from titan_moe.layer.router import Choice, Query, TokenChoiceTopKRouter
@@ -1033,7 +1034,7 @@ class TestSequenceParallel:
     def test_a_flat_offset_per_rank_would_be_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """pytorch/torchtitan#3604: right for one sequence only."""
 
-        def flat(_layer: str, layout: DispatchMetadata, ids_PCK: Tensor) -> Tensor:
+        def flat(_layer: str, layout: TokenLayout, ids_PCK: Tensor) -> Tensor:
             return torch.arange(layout.num_local_tokens) + layout.sp_rank * layout.num_local_tokens
 
         monkeypatch.setattr(slots_module, "places", flat)

@@ -18,8 +18,9 @@ from tests.ranks import RankContext, run_ranks
 from tests.test_layering import ROOT
 from titan_moe.bench import dispatcher_traffic as bench
 from titan_moe.bench.dispatchers import closed_form, facts
-from titan_moe.layer.dispatch.base import DispatchLimits, DispatchMetadata, Routing, Traffic
+from titan_moe.layer.dispatch.base import DispatchLimits, Routing, Traffic
 from titan_moe.layer.dispatch.uniform import ranks_per_token
+from titan_moe.layer.layout import TokenLayout
 from titan_moe.layer.load_balance import LoadBalancer
 
 OVER_EP = [name for name in BACKENDS if load(name).needs_host_sync]
@@ -112,7 +113,7 @@ def rows_sent_in_groups(ctx: RankContext, name: str) -> list[int]:
     drawn_TK = torch.rand(2000, USED * 8, generator=generator).topk(8).indices
     ids_TK = groups_TG.gather(1, drawn_TK // 8) * 8 + drawn_TK % 8
     routing = Routing(torch.ones(2000, 8), ids_TK, torch.bincount(ids_TK.flatten(), minlength=64))
-    layout = DispatchMetadata.of(local_batch_size=1, local_seq_len=2000, dim=16, global_seq_len=2000)
+    layout = TokenLayout(local_batch_size=1, local_seq_len=2000, dim=16, global_seq_len=2000)
     sent = dispatcher.dispatch(torch.ones(2000, 16), routing, layout)
     traffic = dispatcher.traffic(sent.metadata, 4)
     return [traffic.dispatch_rows, traffic.combine_rows]

@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from titan_moe.bench.dispatchers import markdown
 from titan_moe.layer import dispatch
-from titan_moe.layer.dispatch.base import DispatchLimits, DispatchMetadata, Routing, Traffic
+from titan_moe.layer.dispatch.base import DispatchLimits, Routing, Traffic
 from titan_moe.layer.dispatch.uniform import ranks_per_token
+from titan_moe.layer.layout import TokenLayout
 
 NUM_EXPERTS, TOP_K, DIM, EP_SIZE, TOKENS, CHUNK = 64, 8, 2048, 4, 100_000, 1000
 
@@ -88,9 +89,7 @@ def send_chunk(
     ids_TK = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).topk(TOP_K).indices
     counts_E = torch.bincount(ids_TK.flatten(), minlength=NUM_EXPERTS)
     routing = Routing(torch.full(ids_TK.shape, 1 / TOP_K), ids_TK, counts_E)
-    layout = DispatchMetadata.of(
-        local_batch_size=1, local_seq_len=num_tokens, dim=dim, global_seq_len=num_tokens
-    )
+    layout = TokenLayout(local_batch_size=1, local_seq_len=num_tokens, dim=dim, global_seq_len=num_tokens)
     sent = dispatcher.dispatch(x_TD, routing, layout)
     assert torch.equal(dispatcher.combine(sent.x_RD, sent.metadata), x_TD)
     return dispatcher.traffic(sent.metadata, x_TD.element_size())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from titan_moe.layer.dispatch.base import DispatchMetadata
+from titan_moe.layer.layout import TokenLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class TokenBorder:
     token_grads: Placement
     outputs: Placement
 
-    def enter(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, DispatchMetadata]:
+    def enter(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         """``(T, D)`` local tokens and where they sit in the (B, L) grid.
 
         Args:
@@ -41,7 +41,7 @@ class TokenBorder:
         layout = _layout(local_BLD.shape, x_BLD.shape[1], sp_rank, sp_size)
         return local_BLD.reshape(-1, x_BLD.shape[-1]), layout
 
-    def leave(self, out_TD: torch.Tensor, layout: DispatchMetadata, like: torch.Tensor) -> torch.Tensor:
+    def leave(self, out_TD: torch.Tensor, layout: TokenLayout, like: torch.Tensor) -> torch.Tensor:
         """``out_TD`` as a tensor of ``like``'s kind and placements.
 
         The global shape is stated: DTensor would infer ``local * sp_size``, which is wrong for an
@@ -62,11 +62,9 @@ class TokenBorder:
         return out_BLD.redistribute(placements=like.placements)
 
 
-def _layout(
-    local_shape: torch.Size, global_seq_len: int, sp_rank: int = 0, sp_size: int = 1
-) -> DispatchMetadata:
+def _layout(local_shape: torch.Size, global_seq_len: int, sp_rank: int = 0, sp_size: int = 1) -> TokenLayout:
     batch_size, seq_len, dim = local_shape
-    return DispatchMetadata.of(
+    return TokenLayout(
         local_batch_size=batch_size,
         local_seq_len=seq_len,
         dim=dim,

@@ -25,6 +25,7 @@ from torchtitan.protocols.module import Module
 from titan_moe.layer.border import SHARDED_TOKENS, TokenBorder
 from titan_moe.layer.dispatch.base import DispatchMetadata, Routing, Traffic
 from titan_moe.layer.experts import GroupedExperts
+from titan_moe.layer.layout import TokenLayout
 from titan_moe.layer.load_balance import count_tokens, count_traffic
 
 
@@ -47,7 +48,7 @@ class RoutedExperts(Module):
         self.inner_experts = config.inner_experts.build()
         self.token_dispatcher = config.token_dispatcher.build()
 
-    def forward(self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata) -> InFlight:
+    def forward(self, x_TD: torch.Tensor, routing: Routing, layout: TokenLayout) -> InFlight:
         """Up to where the results are on their way back."""
         x_RD, num_tokens_per_expert_e, receipt = self.token_dispatcher.dispatch(x_TD, routing, layout)
         source = (receipt.source,) if isinstance(self.inner_experts, GroupedExperts) else ()

@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor, Partial
 from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
-from titan_moe.layer.dispatch.base import DispatchMetadata, Routing
+from titan_moe.layer.dispatch.base import Routing
 from titan_moe.layer.kernels import ops as kernels
+from titan_moe.layer.layout import TokenLayout
 
 
 class Choice(NamedTuple):
@@ -47,7 +48,7 @@ class Query(NamedTuple):
 
     live: Callable[[], torch.Tensor]
     ranking: Callable[[], torch.Tensor]
-    layout: DispatchMetadata | None
+    layout: TokenLayout | None
     biased: Callable[[], torch.Tensor]
 
 
@@ -92,7 +93,7 @@ class TokenChoiceTopKRouter(Module):
         self,
         x_TD: torch.Tensor,
         expert_bias_E: torch.Tensor | None = None,
-        layout: DispatchMetadata | None = None,
+        layout: TokenLayout | None = None,
     ) -> Routing:
         """Routes local tokens; T may be 0.
 

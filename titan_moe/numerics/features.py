@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from titan_moe.layer.dispatch.base import DispatchMetadata
+from titan_moe.layer.layout import TokenLayout
 
 PROJECTIONS = 4  # Q
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -80,7 +80,7 @@ def local_tokens(x: torch.Tensor, batch_size: int, seq_len: int) -> tuple[torch.
         local = x.to_local()
         if sharded:
             rank, size = x.device_mesh.get_local_rank(sharded[0]), x.device_mesh.size(sharded[0])
-    layout = DispatchMetadata.of(
+    layout = TokenLayout(
         local_batch_size=batch_size,
         local_seq_len=local.shape[1],
         dim=local.shape[2],

@@ -6,6 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from titan_moe.layer.dispatch.base import DispatchLimits
+from titan_moe.layer.dispatch.ownership import Ownership
 from titan_moe.layer.dispatch.uniform import ranks_per_token
 
 Load = Literal["balanced", "worst"]
@@ -32,7 +33,7 @@ class Routes:
             sent = received = _even(slots, self.ep_size)
             copies_sent = copies_received = _even(round(tokens * reached), self.ep_size)
         else:
-            here = tokens * min(limits.top_k, limits.num_experts // self.ep_size)
+            here = tokens * min(limits.top_k, Ownership(limits.num_experts, self.ep_size).num_local_experts)
             sent = [here, *_even(slots - here, self.ep_size - 1)]
             received = [here] * self.ep_size
             copies_sent = [tokens, *(min(tokens, rows) for rows in sent[1:])]

@@ -1,4 +1,4 @@
-"""Expert ids from elsewhere: strict about what comes in, total about what is missing.
+"""Expert ids from elsewhere: what comes in is checked; what is missing is filled, whatever the scores are.
 
 Missing ids are -1. The legend is in ``titan_moe/layer/moe.py``.
 """
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+from titan_moe.layer.dispatch.ownership import Ownership
 
 MISSING = -1
 _DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -165,6 +167,6 @@ def balanced_ranking(tokens_T: torch.Tensor, num_experts: int, top_k: int, ep_si
         tokens_T: int64 global token indices: the same fill on any mesh of the same EP degree.
     """
     experts_E = torch.arange(num_experts, device=tokens_T.device)
-    per_rank = num_experts // ep_size
-    turn_E = experts_E % per_rank * ep_size + experts_E // per_rank
+    owners = Ownership(num_experts, ep_size)
+    turn_E = owners.local_id_of(experts_E) * ep_size + owners.rank_of(experts_E)
     return -((turn_E - (tokens_T * top_k).unsqueeze(1)) % num_experts).float()

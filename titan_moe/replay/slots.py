@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from titan_moe.layer.dispatch.base import DispatchMetadata
+from titan_moe.layer.layout import TokenLayout
 from titan_moe.layer.names import plain_name
 from titan_moe.layer.recomputation import is_recomputing
 from titan_moe.layer.router import Choice, Query, TokenChoiceTopKRouter
@@ -200,7 +200,7 @@ class Routes:
         )
 
 
-def places(layer: str, layout: DispatchMetadata | None, ids_PCK: torch.Tensor) -> torch.Tensor:
+def places(layer: str, layout: TokenLayout | None, ids_PCK: torch.Tensor) -> torch.Tensor:
     """``(T,)``: where this rank's tokens sit in the microbatch's (B, L) grid.
 
     Raises:

@@ -21,6 +21,7 @@ from titan_moe.layer.dispatch.ops import (
     sum_rows,
     weighted_sum,
 )
+from titan_moe.layer.layout import TokenLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class AllToAllDispatcher(TokenDispatcher[AllToAllMetadata]):
         """No keys of its own."""
 
     def dispatch(
-        self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
+        self, x_TD: torch.Tensor, routing: Routing, layout: TokenLayout
     ) -> Dispatched[AllToAllMetadata]:
         """See the contract in ``base``. One host sync, for the splits."""
         counts = exchange_counts(routing.num_tokens_per_expert_E, self.ep_mesh)

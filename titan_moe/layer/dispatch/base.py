@@ -8,6 +8,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.config import Configurable
 
+from titan_moe.layer.layout import TokenLayout
+
 
 class Source(NamedTuple):
     """What rows were gathered from: row r is ``rows_TD[index_R[r]]``, and token t's rows are ``place_TK[t]``.
@@ -23,107 +25,18 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DispatchMetadata:
-    """Where this rank's tokens sit in the (B, L) grid; the receipt that ``combine`` consumes.
+class DispatchMetadata(TokenLayout):
+    """What ``dispatch`` did, for ``combine`` to undo: the tokens' layout, and what each backend adds to it.
 
-    The sequence is split over the SP ranks as ``torch.chunk`` splits it: rank r holds positions
-    ``[r * P, min((r + 1) * P, global_seq_len))`` with ``P = local_seq_len_after_padding``; late ranks
-    may hold fewer or none. Padding is a number here, never a row ("virtual padding",
-    pytorch/torchtitan#3577). Each backend subclasses this with what its ``combine`` needs.
-
-    Raises:
-        ValueError: the numbers do not describe such a split.
+    It is frozen, so that several forwards may be in flight, and a recomputation has a receipt of its own.
     """
 
-    local_batch_size: int  # B on this rank
-    local_seq_len: int  # L on this rank, real tokens
-    dim: int  # D
-    global_seq_len: int  # L before SP
-    local_seq_len_after_padding: int  # ceil(global_seq_len / sp_size): the same on all SP ranks
-    num_local_tokens_after_padding: int  # B * the above: what fixed-size buffers are sized by
-    sp_rank: int
-    sp_size: int
     source: Source | None = None  # of the rows that dispatch made; None where it kept nothing smaller
 
-    def __post_init__(self) -> None:
-        if any(isinstance(value, torch.SymInt) for value in (self.sp_rank, self.local_seq_len)):
-            return  # traced or simulated ranks: a comparison would ask for one answer for all of them
-        if not 0 <= self.sp_rank < self.sp_size:
-            raise ValueError(
-                f"sp_rank ({self.sp_rank}) must be in [0, sp_size) with sp_size ({self.sp_size})"
-            )
-        padded = -(-self.global_seq_len // self.sp_size)
-        if self.local_seq_len_after_padding != padded:
-            raise ValueError(
-                f"local_seq_len_after_padding ({self.local_seq_len_after_padding}) must be "
-                f"ceil(global_seq_len / sp_size) = ceil({self.global_seq_len} / {self.sp_size}) = {padded}"
-            )
-        held = min(max(self.global_seq_len - self.sp_rank * padded, 0), padded)
-        if self.local_seq_len != held:
-            raise ValueError(
-                f"local_seq_len ({self.local_seq_len}) must be {held}: rank {self.sp_rank} of {self.sp_size} "
-                f"holds that many of global_seq_len ({self.global_seq_len}) in torch.chunk order"
-            )
-        if self.num_local_tokens_after_padding != self.local_batch_size * padded:
-            raise ValueError(
-                f"num_local_tokens_after_padding ({self.num_local_tokens_after_padding}) must be "
-                f"local_batch_size ({self.local_batch_size}) * {padded}"
-            )
-
     @classmethod
-    def of(
-        cls,
-        *,
-        local_batch_size: int,
-        local_seq_len: int,
-        dim: int,
-        global_seq_len: int,
-        sp_rank: int = 0,
-        sp_size: int = 1,
-    ) -> "DispatchMetadata":
-        """The metadata of one rank, with the padded counts derived."""
-        padded = -(-global_seq_len // sp_size)
-        return DispatchMetadata(
-            local_batch_size=local_batch_size,
-            local_seq_len=local_seq_len,
-            dim=dim,
-            global_seq_len=global_seq_len,
-            local_seq_len_after_padding=padded,
-            num_local_tokens_after_padding=local_batch_size * padded,
-            sp_rank=sp_rank,
-            sp_size=sp_size,
-        )
-
-    @classmethod
-    def extend(cls, layout: "DispatchMetadata", **receipt: Any) -> Self:
+    def extend(cls, layout: TokenLayout, **receipt: Any) -> Self:
         """``layout`` plus what a backend's ``combine`` needs, as that backend's own class."""
         return cls(**{**vars(layout), **receipt})
-
-    @property
-    def num_local_tokens(self) -> int:
-        """T: real tokens on this rank."""
-        return self.local_batch_size * self.local_seq_len
-
-    @property
-    def local_shape(self) -> tuple[int, int, int]:
-        """(B, L, D) on this rank."""
-        return (self.local_batch_size, self.local_seq_len, self.dim)
-
-    @property
-    def global_shape(self) -> tuple[int, int, int]:
-        """(B, L, D) over all SP ranks; B stays this data-parallel rank's own."""
-        return (self.local_batch_size, self.global_seq_len, self.dim)
-
-    def global_token_indices(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """``(T,)`` int64: the place of each local token in the flattened (B, global L) grid.
-
-        ``b * global_seq_len + sp_rank * local_seq_len_after_padding + l``. A flat offset per rank is
-        right for B == 1 only (pytorch/torchtitan#3604).
-        """
-        rows_B1 = torch.arange(self.local_batch_size, device=device).unsqueeze(1) * self.global_seq_len
-        cols_1L = torch.arange(self.local_seq_len, device=device).unsqueeze(0)
-        first = self.sp_rank * self.local_seq_len_after_padding
-        return (rows_B1 + cols_1L + first).reshape(-1)
 
 
 class Routing(NamedTuple):
@@ -237,7 +150,7 @@ class TokenDispatcher(Configurable, ABC, Generic[M]):
     def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits) -> None:
         """Ties the dispatcher to its EP mesh (None: EP is off). Called once, before the first step.
 
-        Rank r of the mesh owns the experts ``[r * e, (r + 1) * e)``.
+        Which rank of the mesh owns which expert is said in ``ownership.py``.
         """
         self.ep_mesh, self.limits = ep_mesh, limits
 
@@ -245,7 +158,7 @@ class TokenDispatcher(Configurable, ABC, Generic[M]):
         """Gives back what ``bind`` took. Collective; called once, before the process groups end."""
 
     @abstractmethod
-    def dispatch(self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata) -> Dispatched[M]:
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing, layout: TokenLayout) -> Dispatched[M]:
         """Sends each token to its K experts. Collective over the EP mesh; T may be 0 on any rank."""
 
     def combine(self, y_RD: torch.Tensor, metadata: M) -> torch.Tensor:

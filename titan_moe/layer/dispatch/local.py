@@ -14,6 +14,7 @@ from titan_moe.layer.dispatch.base import (
     Traffic,
 )
 from titan_moe.layer.dispatch.ops import Slots, gather_rows, slots_by_key, weighted_sum
+from titan_moe.layer.layout import TokenLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class LocalDispatcher(TokenDispatcher[LocalMetadata]):
         super().bind(ep_mesh, limits)
 
     def dispatch(
-        self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
+        self, x_TD: torch.Tensor, routing: Routing, layout: TokenLayout
     ) -> Dispatched[LocalMetadata]:
         """See the contract in ``base``. No communication."""
         slots = slots_by_key(routing.topk_expert_ids_TK, routing.present_TK)

@@ -2,6 +2,8 @@
 
 from math import comb
 
+from titan_moe.layer.dispatch.ownership import Ownership
+
 
 def ranks_per_token(
     num_experts: int,
@@ -18,10 +20,11 @@ def ranks_per_token(
     """
     groups = num_expert_groups or 1
     used = (num_limited_groups or groups) if num_expert_groups else 1
-    local, size = num_experts // ep_size, num_experts // groups
+    size, owners = num_experts // groups, Ownership(num_experts, ep_size)
     reached = 0.0
     for rank in range(ep_size):
-        owned = [_overlap(rank * local, local, group * size, size) for group in range(groups)]
+        own = owners.experts_of(rank)
+        owned = [_overlap(own, range(group * size, (group + 1) * size)) for group in range(groups)]
         reached += sum(
             ways * (1 - comb(used * size - on_rank, top_k) / comb(used * size, top_k))
             for on_rank, ways in _choices(owned, used).items()
@@ -29,8 +32,8 @@ def ranks_per_token(
     return reached
 
 
-def _overlap(start: int, length: int, other: int, other_length: int) -> int:
-    return max(0, min(start + length, other + other_length) - max(start, other))
+def _overlap(one: range, other: range) -> int:
+    return max(0, min(one.stop, other.stop) - max(one.start, other.start))
 
 
 def _choices(owned: list[int], used: int) -> dict[int, int]:

@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from titan_moe.layer.dispatch.base import Dispatched, DispatchMetadata, Routing, Traffic
 from titan_moe.layer.dispatch.collectives import Splits, exchange_counts, exchange_rows, start_exchange, wait
 from titan_moe.layer.dispatch.ops import Slots, gather_rows, slots_by_key, sum_rows, weighted_sum
+from titan_moe.layer.dispatch.ownership import Ownership
+from titan_moe.layer.layout import TokenLayout
 
 
 class Outgoing(NamedTuple):
@@ -65,9 +67,7 @@ class PerRank:
     ep_mesh: DeviceMesh
     num_experts: int
 
-    def dispatch(
-        self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
-    ) -> Dispatched[PickMetadata]:
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing, layout: TokenLayout) -> Dispatched[PickMetadata]:
         """One count exchange, one host sync. The picks arrive while the rows are in flight."""
         out = prepare(routing, self.ep_mesh, self.num_experts)
         rows = start_exchange(gather_rows(x_TD, out.copies), out.copy_splits, self.ep_mesh)
@@ -111,9 +111,7 @@ class PerSlot:
     ep_mesh: DeviceMesh
     num_experts: int
 
-    def dispatch(
-        self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
-    ) -> Dispatched[PickMetadata]:
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing, layout: TokenLayout) -> Dispatched[PickMetadata]:
         """One count exchange, one host sync."""
         out = prepare(routing, self.ep_mesh, self.num_experts)
         code_R = exchange_rows(out.code_N.to(torch.int32), out.pick_splits, self.ep_mesh)
@@ -142,14 +140,14 @@ class PerSlot:
 @torch.no_grad()
 def prepare(routing: Routing, ep_mesh: DeviceMesh, num_experts: int) -> Outgoing:
     """Who gets what. One count exchange, and the host sync."""
-    ids_TK, ep_size, num_local = routing.topk_expert_ids_TK, ep_mesh.size(), num_experts // ep_mesh.size()
-    rank_TK = ids_TK // num_local
-    goes_TS = _ranks_of(rank_TK, routing.present_TK, ep_size)
+    ids_TK, owners = routing.topk_expert_ids_TK, Ownership(num_experts, ep_mesh.size())
+    rank_TK = owners.rank_of(ids_TK)
+    goes_TS = _ranks_of(rank_TK, routing.present_TK, ep_mesh.size())
     counts = exchange_counts(routing.num_tokens_per_expert_E, ep_mesh, goes_TS.sum(0))
-    ranks_S = torch.arange(ep_size, device=ids_TK.device)
+    ranks_S = torch.arange(ep_mesh.size(), device=ids_TK.device)
     picks = slots_by_key(rank_TK, routing.present_TK, counts.num_rows_sent)
     is_first_N = _is_first(rank_TK.flatten().index_select(0, picks.order_N), picks.token_N)
-    expert_N = (ids_TK % num_local).flatten().index_select(0, picks.order_N)
+    expert_N = owners.local_id_of(ids_TK).flatten().index_select(0, picks.order_N)
     return Outgoing(
         copies=slots_by_key(ranks_S.expand_as(goes_TS), goes_TS, sum(counts.copies.sent)),
         copy_splits=counts.copies,

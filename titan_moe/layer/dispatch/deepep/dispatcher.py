@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from titan_moe.layer.dispatch.base import (
     Dispatched,
     DispatchLimits,
-    DispatchMetadata,
     Routing,
     TokenDispatcher,
     Traffic,
@@ -22,6 +21,7 @@ from titan_moe.layer.dispatch.deepep import library
 from titan_moe.layer.dispatch.deepep.c10d import PerRank, PerSlot
 from titan_moe.layer.dispatch.deepep.library import Library
 from titan_moe.layer.dispatch.uniform import ranks_per_token
+from titan_moe.layer.layout import TokenLayout
 
 
 class DeepEPDispatcher(TokenDispatcher[Any]):
@@ -92,7 +92,7 @@ class DeepEPDispatcher(TokenDispatcher[Any]):
             self.transport.release()
         self.transport = None
 
-    def dispatch(self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata) -> Dispatched[Any]:
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing, layout: TokenLayout) -> Dispatched[Any]:
         """See the contract in ``base``. One host sync."""
         return self._bound().dispatch(x_TD, routing, layout)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from titan_moe.layer.dispatch.base import Dispatched, DispatchLimits, DispatchMetadata, Routing, Traffic
 from titan_moe.layer.dispatch.ops import Slots, gather_rows, slots_by_key, weighted_sum
+from titan_moe.layer.layout import TokenLayout
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Library:
             shared.buffer.destroy()
 
     def dispatch(
-        self, x_TD: torch.Tensor, routing: Routing, layout: DispatchMetadata
+        self, x_TD: torch.Tensor, routing: Routing, layout: TokenLayout
     ) -> Dispatched[LibraryMetadata]:
         """One host sync, inside the library."""
         shared = _BUFFERS[self.group]

@@ -1,4 +1,4 @@
-"""DispatchMetadata: where each rank's tokens sit, over every split of torch.chunk."""
+"""TokenLayout: where each rank's tokens sit, over every split of torch.chunk."""
 
 import dataclasses
 import itertools
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from titan_moe.layer.dispatch.base import DispatchMetadata
+from titan_moe.layer.layout import TokenLayout
 
 GRID = list(itertools.product((1, 2, 3), range(10), (1, 2, 3, 4)))  # B, L, sp_size
 
 
-def split(batch: int, length: int, sp_size: int) -> list[DispatchMetadata]:
-    """The metadata of every SP rank, local lengths taken from torch.chunk itself."""
+def split(batch: int, length: int, sp_size: int) -> list[TokenLayout]:
+    """The layout of every SP rank, local lengths taken from torch.chunk itself."""
     chunks = list(torch.empty(batch, length, 8).chunk(sp_size, 1))
     chunks += [torch.empty(batch, 0, 8)] * (sp_size - len(chunks))
     return [
-        DispatchMetadata.of(
+        TokenLayout(
             local_batch_size=batch,
             local_seq_len=chunk.shape[1],
             dim=8,
@@ -31,19 +32,19 @@ def split(batch: int, length: int, sp_size: int) -> list[DispatchMetadata]:
     ]
 
 
-def flat_offset(metadata: DispatchMetadata) -> Tensor:
+def flat_offset(layout: TokenLayout) -> Tensor:
     """pytorch/torchtitan#3604: what upstream had, one offset per rank."""
-    return torch.arange(metadata.num_local_tokens) + metadata.sp_rank * metadata.num_local_tokens
+    return torch.arange(layout.num_local_tokens) + layout.sp_rank * layout.num_local_tokens
 
 
-def disagreements(indices: Callable[[DispatchMetadata], Tensor]) -> list[tuple[int, int, int]]:
+def disagreements(indices: Callable[[TokenLayout], Tensor]) -> list[tuple[int, int, int]]:
     """The (B, L, sp_size) where `indices` is not what torch.chunk does to a (B, L) grid of token numbers."""
     wrong = []
     for batch, length, sp_size in GRID:
         grid_BL = torch.arange(batch * length).view(batch, length)
         chunks = [*grid_BL.chunk(sp_size, 1), *[grid_BL[:, :0]] * sp_size]
         ranks = split(batch, length, sp_size)
-        got = [indices(metadata) for metadata in ranks]
+        got = [indices(layout) for layout in ranks]
         right = all(torch.equal(g, c.flatten()) for g, c in zip(got, chunks, strict=False))
         if not right or torch.cat(got).sort().values.tolist() != list(range(batch * length)):
             wrong.append((batch, length, sp_size))
@@ -51,7 +52,7 @@ def disagreements(indices: Callable[[DispatchMetadata], Tensor]) -> list[tuple[i
 
 
 def test_indices_match_chunk_and_are_a_permutation() -> None:
-    assert disagreements(DispatchMetadata.global_token_indices) == []
+    assert disagreements(TokenLayout.global_token_indices) == []
 
 
 def test_a_flat_offset_is_wrong_from_two_sequences_on() -> None:
@@ -84,14 +85,12 @@ def test_indices_are_int64_on_the_device_asked_for() -> None:
     assert (indices_T.dtype, indices_T.device.type, indices_T.shape) == (torch.int64, "meta", (4,))
 
 
-# Rank 2 of 4 of the example: B=2, L=1 here of 5, P=2, 4 tokens after padding.
+# Rank 2 of 4 of the example: B=2, L=1 here of 5, P=2.
 RIGHT: dict[str, Any] = {
     "local_batch_size": 2,
     "local_seq_len": 1,
     "dim": 8,
     "global_seq_len": 5,
-    "local_seq_len_after_padding": 2,
-    "num_local_tokens_after_padding": 4,
     "sp_rank": 2,
     "sp_size": 4,
 }
@@ -100,38 +99,28 @@ WRONG = [
     ({"sp_rank": -1}, r"sp_rank \(-1\) .* sp_size \(4\)"),
     ({"sp_size": 2}, r"sp_rank \(2\) .* sp_size \(2\)"),
     ({"sp_size": 0}, r"sp_rank \(2\) .* sp_size \(0\)"),
-    ({"local_seq_len_after_padding": 3}, r"local_seq_len_after_padding \(3\) .* ceil\(5 / 4\) = 2"),
-    ({"global_seq_len": 9}, r"local_seq_len_after_padding \(2\) .* ceil\(9 / 4\) = 3"),
-    ({"sp_size": 5}, r"local_seq_len_after_padding \(2\) .* ceil\(5 / 5\) = 1"),
+    ({"global_seq_len": 9}, r"local_seq_len \(1\) must be 3: rank 2 of 4 .* global_seq_len \(9\)"),
     ({"local_seq_len": 2}, r"local_seq_len \(2\) must be 1: rank 2 of 4 .* global_seq_len \(5\)"),
     ({"local_seq_len": 0}, r"local_seq_len \(0\) must be 1: rank 2 of 4"),
     ({"sp_rank": 1}, r"local_seq_len \(1\) must be 2: rank 1 of 4"),
     ({"sp_rank": 3}, r"local_seq_len \(1\) must be 0: rank 3 of 4"),
-    ({"num_local_tokens_after_padding": 2}, r"num_local_tokens_after_padding \(2\) .* \(2\) \* 2"),
-    ({"local_batch_size": 3}, r"num_local_tokens_after_padding \(4\) .* local_batch_size \(3\) \* 2"),
 ]
 
 
 class TestValidation:
     def test_the_right_numbers_pass(self) -> None:
-        assert DispatchMetadata(**RIGHT) == split(2, 5, 4)[2]
+        assert TokenLayout(**RIGHT) == split(2, 5, 4)[2]
 
     @pytest.mark.parametrize(("change", "message"), WRONG, ids=[str(change) for change, _ in WRONG])
     def test_a_wrong_number_is_named_with_its_rule(self, change: dict[str, int], message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            DispatchMetadata(**RIGHT | change)
+            TokenLayout(**RIGHT | change)
 
     @pytest.mark.parametrize("name", RIGHT)
     def test_frozen(self, name: str) -> None:
-        metadata = DispatchMetadata(**RIGHT)
+        metadata = TokenLayout(**RIGHT)
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(metadata, name, 1)
-
-    def test_of_validates_too(self) -> None:
-        with pytest.raises(ValueError, match=r"local_seq_len \(3\) must be 2"):
-            DispatchMetadata.of(
-                local_batch_size=1, local_seq_len=3, dim=8, global_seq_len=4, sp_rank=0, sp_size=2
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +135,7 @@ class TestExtend:
         layout = split(3, 7, 2)[1]
         receipt = Receipt.extend(layout, order="mine")
         assert receipt.order == "mine"
-        assert vars(receipt) == vars(layout) | {"order": "mine"}
+        assert vars(receipt) == vars(layout) | {"source": None, "order": "mine"}
         assert torch.equal(receipt.global_token_indices(), layout.global_token_indices())
 
     def test_is_frozen(self) -> None:
