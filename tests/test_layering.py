@@ -42,7 +42,8 @@ INSIDE: dict[str, tuple[set[str], ...]] = {
     "trainer": (
         {"train", "convert"},
         {"config"},
-        {"checkpoint", "data", "device", "launch", "metrics"},
+        {"metrics"},
+        {"checkpoint", "data", "device", "launch", "load_report"},
     ),
 }
 NOT_BACKENDS = {"base", "ops", "collectives", "uniform", "ownership"}

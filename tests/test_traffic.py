@@ -22,6 +22,7 @@ from titan_moe.layer.dispatch.base import DispatchLimits, Routing, Traffic
 from titan_moe.layer.dispatch.uniform import ranks_per_token
 from titan_moe.layer.layout import TokenLayout
 from titan_moe.layer.load_balance import LoadBalancer
+from titan_moe.trainer.load_report import traffic_report
 
 OVER_EP = [name for name in BACKENDS if load(name).needs_host_sync]
 
@@ -152,7 +153,7 @@ def counted(ctx: RankContext, case: Case, dispatcher: str, ac: bool) -> dict[str
     balancer = LoadBalancer([nn.ModuleDict({"moe": layer})], dims)
     balancer.step()
     assert not layer.traffic.any()
-    return balancer.report_traffic()
+    return traffic_report(balancer)
 
 
 class TestCounters:
@@ -175,7 +176,7 @@ class TestCounters:
         alone = SimpleNamespace(dp_cp_enabled=False, tp_enabled=False, ep_enabled=False)
         balancer = LoadBalancer([nn.ModuleDict({"moe": layer})], alone)
         balancer.step()
-        assert balancer.report_traffic() == Traffic()._asdict() | {
+        assert traffic_report(balancer) == Traffic()._asdict() | {
             "tokens": 14,
             "dispatch_rows_if_uniform": 0,
             "combine_rows_if_uniform": 0,

@@ -18,6 +18,7 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, L
 
 from titan_moe.bench.clock import DEVICE
 from titan_moe.bench.shapes import Shape
+from titan_moe.layer import dispatch
 from titan_moe.layer.dispatch.base import DispatchLimits
 from titan_moe.layer.experts import Save
 from titan_moe.models.swap import swap_layer
@@ -44,12 +45,14 @@ LAYERS: dict[str, Build] = {
     OURS: ours,
     INPUTS: partial(ours, save="inputs"),
 }
-ALL_TO_ALL, PER_RANK, PER_SLOT = "all_to_all", "deepep per_rank", "deepep per_slot"
+ALL_TO_ALL, PER_RANK = "all_to_all", "deepep per_rank"  # the names of dispatch.variants()
 OVER_RANKS: dict[str, Build] = {
     STOCK: partial(stock, dispatcher=AllToAllTokenDispatcher),
-    ALL_TO_ALL: partial(ours, dispatcher="all_to_all"),
-    PER_RANK: partial(ours, dispatcher="deepep", transport="c10d", combine="per_rank"),
-    PER_SLOT: partial(ours, dispatcher="deepep", transport="c10d", combine="per_slot"),
+    **{
+        name: partial(ours, dispatcher=variant.dispatcher, **variant.options)
+        for name, variant in dispatch.variants().items()
+        if variant.serves_ep
+    },
 }
 
 

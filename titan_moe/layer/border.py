@@ -33,13 +33,22 @@ class TokenBorder:
             x_BLD: a plain tensor (no TP), or a DTensor on the TP mesh, ``Shard(1)`` or replicated; L
                 need not divide by the mesh.
         """
-        if not isinstance(x_BLD, DTensor):
-            return x_BLD.reshape(-1, x_BLD.shape[-1]), _layout(x_BLD.shape, x_BLD.shape[1])
-        mesh = x_BLD.device_mesh
-        local_BLD = x_BLD.redistribute(placements=[self.tokens]).to_local(grad_placements=[self.token_grads])
-        sp_rank, sp_size = (mesh.get_local_rank(), mesh.size()) if self.tokens.is_shard() else (0, 1)
-        layout = _layout(local_BLD.shape, x_BLD.shape[1], sp_rank, sp_size)
-        return local_BLD.reshape(-1, x_BLD.shape[-1]), layout
+        local_BLD, sp_rank, sp_size = x_BLD, 0, 1
+        if isinstance(x_BLD, DTensor):
+            local_BLD = x_BLD.redistribute(placements=[self.tokens])
+            local_BLD = local_BLD.to_local(grad_placements=[self.token_grads])
+            if self.tokens.is_shard():
+                sp_rank, sp_size = x_BLD.device_mesh.get_local_rank(), x_BLD.device_mesh.size()
+        batch_size, seq_len, dim = local_BLD.shape
+        layout = TokenLayout(
+            local_batch_size=batch_size,
+            local_seq_len=seq_len,
+            dim=dim,
+            global_seq_len=x_BLD.shape[1],
+            sp_rank=sp_rank,
+            sp_size=sp_size,
+        )
+        return local_BLD.reshape(-1, dim), layout
 
     def leave(self, out_TD: torch.Tensor, layout: TokenLayout, like: torch.Tensor) -> torch.Tensor:
         """``out_TD`` as a tensor of ``like``'s kind and placements.
@@ -60,18 +69,6 @@ class TokenBorder:
             stride=(global_seq_len * dim, dim, 1),
         )
         return out_BLD.redistribute(placements=like.placements)
-
-
-def _layout(local_shape: torch.Size, global_seq_len: int, sp_rank: int = 0, sp_size: int = 1) -> TokenLayout:
-    batch_size, seq_len, dim = local_shape
-    return TokenLayout(
-        local_batch_size=batch_size,
-        local_seq_len=seq_len,
-        dim=dim,
-        global_seq_len=global_seq_len,
-        sp_rank=sp_rank,
-        sp_size=sp_size,
-    )
 
 
 # EP on: each TP rank routes its own shard of the sequence. EP off: each TP rank routes every token

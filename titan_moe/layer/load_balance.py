@@ -1,6 +1,5 @@
-"""Expert load and traffic: counting them, balancing load without an auxiliary loss, reporting both."""
+"""Expert load and traffic: counting both, and balancing the load without an auxiliary loss."""
 
-import math
 from typing import Any
 
 import torch
@@ -77,25 +76,6 @@ class LoadBalancer:
             if moe.load_balance_coeff is not None:
                 moe.expert_bias_E.add_(_bias_delta(load_E, moe.load_balance_coeff))
 
-    def report(self) -> dict[str, dict[str, float]]:
-        """Per layer: max / mean load, coefficient of variation, experts without a token. Host sync."""
-        return {fqn: load_statistics(load_E.tolist()) for fqn, load_E in self.last_load.items()}
-
-    def report_traffic(self) -> dict[str, float]:
-        """What the last step's forwards sent, summed over this stage's layers and all ranks. Host sync.
-
-        tokens: those that count as load, once per layer; ``*_rows_if_uniform``: what as many would send on
-        average if all choices of experts were alike.
-        """
-        sums: dict[str, float] = {"tokens": 0, "dispatch_rows_if_uniform": 0, "combine_rows_if_uniform": 0}
-        for fqn, load_E in self.last_load.items():
-            dispatcher = self.layers[fqn].routed_experts.token_dispatcher
-            tokens = load_E.sum().item() / dispatcher.top_k
-            uniform = dispatcher.uniform_rows_per_token(dispatcher.limits) if dispatcher.limits else (0, 0)
-            amounts = (tokens, *(tokens * rows for rows in uniform))
-            sums = {key: sums[key] + amount for key, amount in zip(sums, amounts, strict=True)}
-        return Traffic(*self.last_traffic.tolist())._asdict() | sums
-
 
 def attach_load_balancer(optimizers: Any, model_parts: list[nn.Module], parallel_dims: Any) -> None:
     """A torchtitan ModelSpec's ``post_optimizer_build_fn``: balances from now on.
@@ -104,19 +84,6 @@ def attach_load_balancer(optimizers: Any, model_parts: list[nn.Module], parallel
     """
     optimizers.load_balancer = LoadBalancer(model_parts, parallel_dims)
     optimizers.register_step_pre_hook(optimizers.load_balancer.step)
-
-
-def load_statistics(tokens_per_expert: list[int]) -> dict[str, float]:
-    """max / mean, coefficient of variation and dead experts of one layer; without a token, all are dead."""
-    mean = sum(tokens_per_expert) / len(tokens_per_expert)
-    if mean == 0:
-        return {"max_over_mean": 0.0, "cv": 0.0, "dead_experts": len(tokens_per_expert)}
-    variance = sum((n - mean) ** 2 for n in tokens_per_expert) / len(tokens_per_expert)
-    return {
-        "max_over_mean": max(tokens_per_expert) / mean,
-        "cv": math.sqrt(variance) / mean,
-        "dead_experts": tokens_per_expert.count(0),
-    }
 
 
 def _bias_delta(load_E: torch.Tensor, coeff: float) -> torch.Tensor:

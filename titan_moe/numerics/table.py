@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from titan_moe.layer import dispatch
 from titan_moe.numerics.compare import Comparison, compare
 from titan_moe.numerics.load import Captured
 from titan_moe.numerics.runs import STOCK, RunError, Runs, Side
@@ -28,12 +29,11 @@ WITH_EP = {
     "FSDP2 x TP2 x EP4": f"debug_fsdp_tp_ep.toml@4 {_EP4}",
     "TP4 x EP4": f"debug_fsdp_tp_ep.toml@4 {_TP4} {_EP4}",
 }
-PER_SLOT = "deepep, per_slot"
-DISPATCHERS = {
-    "all_to_all": "--moe.dispatcher=all_to_all",
-    "deepep": "--moe.dispatcher=deepep",
-    PER_SLOT: "--moe.dispatcher=deepep --moe.deepep.combine=per_slot",
-}
+# Every mesh of WITH_EP runs each dispatcher that serves EP in its first variant, the others run on MAIN.
+MAIN, REFERENCE = "FSDP2 x TP2 x EP2", "all_to_all"
+DISPATCHERS = {name: variant for name, variant in dispatch.variants().items() if variant.serves_ep}
+FIRST = list({variant.dispatcher: name for name, variant in reversed(DISPATCHERS.items())}.values())[::-1]
+OTHERS = [name for name in DISPATCHERS if name not in FIRST]
 PRECISION = {"fp32": "--training.mixed_precision_param=float32", "bf16": ""}
 STEPS, STEPS_OF_SHAPES = 5, 20
 
@@ -50,7 +50,7 @@ class Mesh:
         """As Side reads it."""
         if self.dispatcher == "local":
             return WITHOUT_EP[self.mesh]
-        return f"{WITH_EP[self.mesh]} {DISPATCHERS[self.dispatcher]}"
+        return f"{WITH_EP[self.mesh]} {' '.join(DISPATCHERS[self.dispatcher].flags)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +65,16 @@ class Shape:
         """As Side reads it."""
         shape = f"--training.local_batch_size={self.B} --training.seq_len={self.L}"
         config = (WITHOUT_EP | WITH_EP)[mesh]
-        return f"{config} {DISPATCHERS.get(dispatcher, '')} {shape} {PRECISION['fp32']}"
+        flags = DISPATCHERS[dispatcher].flags if dispatcher in DISPATCHERS else []
+        return " ".join([config, *flags, shape, PRECISION["fp32"]])
 
 
 MESHES = [
     *(Mesh(mesh=mesh, dispatcher="local") for mesh in WITHOUT_EP),
-    *(Mesh(mesh=mesh, dispatcher=name) for mesh in WITH_EP for name in ("all_to_all", "deepep")),
-    Mesh(mesh="FSDP2 x TP2 x EP2", dispatcher=PER_SLOT),
+    *(Mesh(mesh=mesh, dispatcher=name) for mesh in WITH_EP for name in FIRST),
+    *(Mesh(mesh=MAIN, dispatcher=name) for name in OTHERS),
 ]
-SHAPES = [
-    Shape(dispatcher=name, B=B, L=L) for B in (2, 3) for L in (128, 127) for name in ("all_to_all", "deepep")
-]
+SHAPES = [Shape(dispatcher=name, B=B, L=L) for B in (2, 3) for L in (128, 127) for name in FIRST]
 
 
 def numbered() -> dict[int, Mesh | Shape]:
@@ -97,7 +96,7 @@ def write(runs: Runs, wanted: set[int]) -> Iterator[str]:
             yield _row(str(number), mesh.mesh, mesh.dispatcher, *_mesh_cells(runs, mesh, beyond))
         yield ""
     if shapes:
-        yield _row("", "B", "L", "dispatcher", "fp32", "on the baseline's routes", "all_to_all's bits")
+        yield _row("", "B", "L", "dispatcher", "fp32", "on the baseline's routes", f"{REFERENCE}'s bits")
         yield _row(*["---"] * 7)
         for number, shape in shapes:
             what = (str(number), str(shape.B), str(shape.L), shape.dispatcher)
@@ -118,7 +117,7 @@ def _mesh_cells(runs: Runs, line: Mesh, beyond: list[str]) -> Iterator[str]:
             beyond += [f"{name} against {base}: {found.verdict}"] if found.problems else []
             yield _cell(found)
     for base, base_text in BASES.items():
-        if line.text == base_text or line.dispatcher not in ("local", "all_to_all"):
+        if line.text == base_text or line.dispatcher not in ("local", REFERENCE):
             yield ""
             continue
         first = _run(runs, f"{base} stock", f"{base_text} {STOCK}")
@@ -136,18 +135,19 @@ def _shape_cells(runs: Runs, line: Shape, beyond: list[str]) -> Iterator[str]:
         return runs.captured(f"{name} {shape}", _side(line.text(mesh, dispatcher)).but(steps), *further)
 
     base = run("base", "FSDP2 x TP2", "local", "--routing_replay.mode=record", trace)
-    free = run(line.dispatcher, "FSDP2 x TP2 x EP2", line.dispatcher)
+    free = run(line.dispatcher, MAIN, line.dispatcher)
     replay = ("--routing_replay.mode=replay", trace)
-    fixed = run(f"replayed {line.dispatcher}", "FSDP2 x TP2 x EP2", line.dispatcher, *replay)
+    fixed = run(f"replayed {line.dispatcher}", MAIN, line.dispatcher, *replay)
     for name, found in (("free", compare(base, free)), ("replayed", compare(base, fixed))):
         beyond += [f"{shape} {line.dispatcher} {name}: {found.verdict}"] if found.problems else []
         yield _cell(found)
-    if line.dispatcher == "all_to_all":
-        slots = compare(free, run(PER_SLOT, "FSDP2 x TP2 x EP2", PER_SLOT))
-        beyond += [] if slots.bitwise else [f"{shape} {PER_SLOT} against all_to_all: {slots.verdict}"]
-        yield f"{PER_SLOT}: {'yes' if slots.bitwise else 'no'}"
-    else:
-        yield ""
+    said = []
+    for name in DISPATCHERS if line.dispatcher == REFERENCE else ():
+        if name != REFERENCE and DISPATCHERS[name].has_locals_bits:
+            same = compare(free, run(name, MAIN, name))
+            beyond += [] if same.bitwise else [f"{shape} {name} against {REFERENCE}: {same.verdict}"]
+            said.append(f"{name}: {'yes' if same.bitwise else 'no'}")
+    yield ", ".join(said)
 
 
 def _run(runs: Runs, name: str, text: str) -> Captured:

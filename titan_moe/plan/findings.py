@@ -135,26 +135,23 @@ def _dispatchers(
     argv: Sequence[str], world_size: int, num_layers: int, accumulation: int
 ) -> Iterator[tuple[str, DispatcherBytes]]:
     """One MoE layer under each dispatcher that serves EP, times the layers."""
-    for name in dispatch.DISPATCHERS:
-        for variant in dispatch.load(name).variants:
-            options = [f"--moe.{name}.{key}={value}" for key, value in variant.items()]
-            try:
-                job = load([*argv, f"--moe.dispatcher={name}", *options], world_size=world_size)
-            except ConfigError:
-                continue  # a dispatcher that cannot serve this mesh
-            spec: Any = job.trainer.model_spec
-            model = spec.model
-            model.layers = [layer for layer in model.layers if layer.moe is not None][:1]
-            rehearsal = Rehearsal(job.trainer, world_size)
-            step = sum(
-                amount
-                for call, amount in rehearsal.microbatch("balanced").sent.items()
-                if call.axis == "ep" and call.collective == "all-to-all"
-            )
-            times = num_layers * accumulation
-            dispatch_rows, combine_rows = _forward(rehearsal)
-            title = " ".join([name, *map(str, variant.values())])
-            yield title, DispatcherBytes(times * dispatch_rows, times * combine_rows, times * step)
+    for name, variant in dispatch.variants().items():
+        try:
+            job = load([*argv, *variant.flags], world_size=world_size)
+        except ConfigError:
+            continue  # a dispatcher that cannot serve this mesh
+        spec: Any = job.trainer.model_spec
+        model = spec.model
+        model.layers = [layer for layer in model.layers if layer.moe is not None][:1]
+        rehearsal = Rehearsal(job.trainer, world_size)
+        step = sum(
+            amount
+            for call, amount in rehearsal.microbatch("balanced").sent.items()
+            if call.axis == "ep" and call.collective == "all-to-all"
+        )
+        times = num_layers * accumulation
+        dispatch_rows, combine_rows = _forward(rehearsal)
+        yield name, DispatcherBytes(times * dispatch_rows, times * combine_rows, times * step)
 
 
 def _forward(rehearsal: Rehearsal) -> tuple[float, float]:

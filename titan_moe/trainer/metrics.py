@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torchtitan.components import metrics as upstream
 from torchtitan.tools.logging import logger
 
+from titan_moe.trainer.load_report import load_report, traffic_report
+
 
 class MetricsProcessor(upstream.MetricsProcessor):
     """torchtitan's processor (TensorBoard, W&B), plus ``metrics.jsonl`` and a line a person can read."""
@@ -71,12 +73,12 @@ class MetricsProcessor(upstream.MetricsProcessor):
 
     def _expert_load(self) -> dict[str, dict[str, float]]:
         balancer = getattr(self.optimizers, "load_balancer", None)  # None: torchtitan's own layers
-        stages = self._of_all_stages({} if balancer is None else balancer.report())
+        stages = self._of_all_stages({} if balancer is None else load_report(balancer))
         return {fqn: stats for stage in stages for fqn, stats in stage.items()}
 
     def _traffic(self) -> dict[str, float]:
         balancer = getattr(self.optimizers, "load_balancer", None)
-        stages = self._of_all_stages({} if balancer is None else balancer.report_traffic())
+        stages = self._of_all_stages({} if balancer is None else traffic_report(balancer))
         return {key: sum(stage[key] for stage in stages) for key in stages[0]}
 
     def _of_all_stages(self, report: Any) -> list[Any]:

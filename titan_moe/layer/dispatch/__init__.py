@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+from typing import Any, NamedTuple
 
 # Lazy strings: naming a backend must not import its libraries.
 DISPATCHERS: dict[str, str] = {
@@ -23,3 +24,40 @@ def load(name: str) -> type:
         raise ValueError(f"{name!r} is not a dispatcher (there are: {', '.join(DISPATCHERS)}){hint}")
     module, cls = DISPATCHERS[name].split(":")
     return getattr(importlib.import_module(module), cls)
+
+
+class Variant(NamedTuple):
+    """A registered dispatcher with some of its options set.
+
+    Attributes:
+        serves_ep: whether it can be bound to a mesh of several ranks.
+        has_locals_bits: whether its outputs carry the bits of the ``local`` dispatcher.
+    """
+
+    dispatcher: str
+    options: dict[str, Any]
+    serves_ep: bool
+    has_locals_bits: bool
+
+    @property
+    def flags(self) -> list[str]:
+        """What chooses it on train's command line."""
+        options = [f"--moe.{self.dispatcher}.{key}={value}" for key, value in self.options.items()]
+        return [f"--moe.dispatcher={self.dispatcher}", *options]
+
+
+def variants() -> dict[str, Variant]:
+    """Every registered dispatcher in each of its variants, by a short name such as ``deepep per_slot``.
+
+    The name says only those options in which the variants of a dispatcher differ.
+    """
+    found = {}
+    for name in DISPATCHERS:
+        cls: Any = load(name)
+        for options in cls.variants:
+            differing = [v for key, v in options.items() if any(o[key] != v for o in cls.variants)]
+            built = cls.Config(num_experts=2, top_k=1, **options).build()
+            found[" ".join([name, *map(str, differing)])] = Variant(
+                name, options, cls.serves_ep, built.bitwise_equal_to == "local"
+            )
+    return found

@@ -119,6 +119,7 @@ class TokenDispatcher(Configurable, ABC, Generic[M]):
     """
 
     requires_ep: ClassVar[bool]  # refuses to run without an EP mesh
+    serves_ep: ClassVar[bool] = True  # can be bound to an EP mesh of several ranks
     needs_host_sync: ClassVar[bool]  # dispatch waits for the device once
     bitwise_equal_to: str | None  # "local" when outputs carry the same bits, else None
     moves: str  # for docs/dispatchers.md: what leaves a rank

@@ -29,6 +29,7 @@ class LocalDispatcher(TokenDispatcher[LocalMetadata]):
     """Sorts tokens by expert, and sums the K results of each token on the way back. R == N."""
 
     requires_ep = False
+    serves_ep = False
     needs_host_sync = False  # but for masked picks: how many are left decides a shape
     bitwise_equal_to = "local"
     moves = "nothing"
