@@ -27,7 +27,7 @@ from titan_moe.bench.contestants import (
     stock,
 )
 from titan_moe.bench.memory import peak_bytes, saved_bytes
-from titan_moe.bench.report import Settings
+from titan_moe.bench.report import BenchSettings
 from titan_moe.bench.shapes import Shape, least_bytes
 
 TINY = Shape(32, 32, 16, 4, 2)
@@ -273,9 +273,9 @@ def test_targets_hold_or_not() -> None:
 
 
 def test_ranks_follow_the_world_size() -> None:
-    assert Settings(world_size=4).ep_sizes == [2, 4]
-    assert Settings(world_size=3).ep_sizes == [2]
-    assert Settings(world_size=1).ep_sizes == []
+    assert BenchSettings(world_size=4).ep_sizes == [2, 4]
+    assert BenchSettings(world_size=3).ep_sizes == [2]
+    assert BenchSettings(world_size=1).ep_sizes == []
 
 
 def test_the_command(

@@ -165,7 +165,7 @@ class Unwaited(DeepEPDispatcher):
     """Takes the result before its event."""
 
     def finish_combine(self, in_flight: Any, metadata: Any) -> Tensor:
-        return in_flight.out_PD[: metadata.num_local_tokens]
+        return in_flight.out_QD[: metadata.num_local_tokens]
 
 
 class ZerosMasked(DeepEPDispatcher):

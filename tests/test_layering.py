@@ -413,7 +413,7 @@ BROKEN_IMPORTS = {
         "from titan_moe.layer.dispatch import local",
         "not above dispatch.<backend>",
     ),
-    "replay to moe": ("replay/slots.py", "import titan_moe.layer.moe", "through the router"),
+    "replay to moe": ("replay/selectors.py", "import titan_moe.layer.moe", "through the router"),
     "numerics to moe": ("numerics/capture.py", "from titan_moe.layer.moe import MoE", "any nn.Module"),
     "numerics' command to moe": ("numerics/__main__.py", "import titan_moe.layer.moe", "any nn.Module"),
     "to train": ("plan/table.py", "from titan_moe.trainer.train import main", "but a bench imports train"),
@@ -441,7 +441,7 @@ def test_the_allowed_imports_pass():
         "titan_moe/layer/moe.py": "from titan_moe.layer.dispatch.base import Routing\nfrom .router import R",
         "titan_moe/layer/dispatch/local.py": "from .base import D\nfrom titan_moe.layer.dispatch import ops",
         "titan_moe/layer/dispatch/ops.py": "",
-        "titan_moe/replay/slots.py": "from titan_moe.replay.ids import f",
+        "titan_moe/replay/selectors.py": "from titan_moe.replay.ids import f",
         "titan_moe/layer/dispatch/deepep/dispatcher.py": "from titan_moe.layer.dispatch.deepep import c10d",
     }
     assert import_problems(tree) == []

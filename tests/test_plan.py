@@ -30,8 +30,8 @@ from titan_moe.layer.dispatch.uniform import ranks_per_token
 from titan_moe.plan import attention, wire
 from titan_moe.plan.__main__ import main
 from titan_moe.plan.memory import Alive, Held, held
-from titan_moe.plan.rehearsal import Microbatch, Rehearsal, fake_world, groups_of
-from titan_moe.plan.routes import Routes
+from titan_moe.plan.rehearsal import MicrobatchCost, Rehearsal, fake_world, groups_of
+from titan_moe.plan.routes import RehearsedRoutes
 from titan_moe.plan.wire import Wire
 from titan_moe.trainer.config import load
 from titan_moe.trainer.train import Trainer
@@ -66,7 +66,7 @@ class Measured(NamedTuple):
     sent: dict[tuple[str, str, str], float]
 
 
-def measured(of: Held, microbatch: Microbatch) -> Measured:
+def measured(of: Held, microbatch: MicrobatchCost) -> Measured:
     named = {(call.axis, call.collective, str(call.dtype)): n for call, n in microbatch.sent.items()}
     return Measured(of, microbatch.after_forward, microbatch.peak, named)
 
@@ -108,7 +108,7 @@ def real_run(ctx: RankContext, argv: list[str], crowd: bool) -> Measured:
         with wire, alive:
             loss = plain(**kwargs)
         hook.remove()
-        found.append(Microbatch(kept[-1], alive.peak, wire.sent))
+        found.append(MicrobatchCost(kept[-1], alive.peak, wire.sent))
         return loss
 
     trainer.forward_backward_step = watched  # type: ignore[method-assign]
@@ -235,7 +235,7 @@ class TestByHand:
     @pytest.mark.parametrize("tokens", [2048, 3])
     def test_routes(self, tokens: int) -> None:
         limits = DispatchLimits(num_experts=256, top_k=8, dim=1, ep_size=64, num_max_tokens_per_rank=tokens)
-        balanced, worst = Routes(limits, "balanced"), Routes(limits, "worst")
+        balanced, worst = RehearsedRoutes(limits, "balanced"), RehearsedRoutes(limits, "worst")
         assert balanced.rows_received == pytest.approx(tokens * 8, abs=64)
         assert worst.rows_received == tokens * 64 * 4, "4 experts live here: a token takes all of them"
         for routes in (balanced, worst):
@@ -243,7 +243,11 @@ class TestByHand:
 
     def test_an_unknown_question_is_refused(self) -> None:
         limits = DispatchLimits(num_experts=8, top_k=2, dim=1, ep_size=4, num_max_tokens_per_rank=4)
-        with FakeTensorMode(), Routes(limits, "balanced"), pytest.raises(RuntimeError, match=r"\(3, 4\)"):
+        with (
+            FakeTensorMode(),
+            RehearsedRoutes(limits, "balanced"),
+            pytest.raises(RuntimeError, match=r"\(3, 4\)"),
+        ):
             torch.zeros(3, 4).tolist()
 
 

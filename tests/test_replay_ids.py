@@ -18,7 +18,7 @@ from torchtitan.models.common.linear import Linear
 from tests import oracle
 from titan_moe.layer.dispatch.base import Routing
 from titan_moe.layer.layout import TokenLayout
-from titan_moe.layer.router import Choice, Query, TokenChoiceTopKRouter
+from titan_moe.layer.router import Query, Selection, TokenChoiceTopKRouter
 from titan_moe.replay.ids import (
     MISSING,
     LayerShape,
@@ -29,7 +29,7 @@ from titan_moe.replay.ids import (
     narrowest_dtype,
 )
 from titan_moe.replay.regions import Regions
-from titan_moe.replay.slots import Installed, Microbatch, Routes, Slot
+from titan_moe.replay.selectors import Installed, Microbatch, ReplaySelector, ReplaySession
 
 INF, NAN = math.inf, math.nan
 Fill = Callable[[Tensor, Tensor], Tensor]  # (ids_TK, ranking_TE) -> ids_TK without MISSING
@@ -716,10 +716,10 @@ def build(gate_ED: Tensor, **options: Any) -> TokenChoiceTopKRouter:
     return router
 
 
-def replaying(choice: Choice, **options: Any) -> TokenChoiceTopKRouter:
+def replaying(choice: Selection, **options: Any) -> TokenChoiceTopKRouter:
     """A router whose source always makes this choice."""
     router = build(draw(E, D, seed=2) / 2, **options)
-    router.source = lambda _query: choice
+    router.selector = lambda _query: choice
     return router
 
 
@@ -727,13 +727,13 @@ def outside_of_groups(router: TokenChoiceTopKRouter, x_TD: Tensor, bias_E: Tenso
     """``(T, E)``: what the router's own ranking rules out."""
     seen: list[Tensor] = []
 
-    def source(query: Query) -> Choice:
+    def source(query: Query) -> Selection:
         seen.append(query.ranking())
-        return Choice(query.live())
+        return Selection(query.live())
 
-    before, router.source = router.source, source
+    before, router.selector = router.selector, source
     router(x_TD, bias_E)
-    router.source = before
+    router.selector = before
     return seen[0] == -INF
 
 
@@ -744,7 +744,7 @@ class TestReplayedScores:
         """Those of the oracle for these ids, and so are the gradients of tokens and gate."""
         options = {"score_func": score_func, **OPTIONS[name]}
         ids_TK = distinct_ids(T, num_experts=E, top_k=options["top_k"], seed=7)
-        router = replaying(Choice(ids_TK), **options)
+        router = replaying(Selection(ids_TK), **options)
         x_TD, bias_E = draw(T, D, seed=1).requires_grad_(), 0.5 * draw(E, seed=3)
         if "groups" in name:
             assert outside_of_groups(router, x_TD, bias_E).gather(1, ids_TK).any(1).sum() > T // 2
@@ -764,10 +764,10 @@ class TestReplayedScores:
         """Gathered from masked scores, the weight of such a pick is 0 or NaN and its gate learns nothing."""
         options = {"score_func": score_func, **OPTIONS[name]}
         x_TD, bias_E = draw(T, D, seed=1), torch.zeros(E).double()
-        ruled_out_TE = outside_of_groups(replaying(Choice(torch.empty(0)), **options), x_TD, bias_E)
+        ruled_out_TE = outside_of_groups(replaying(Selection(torch.empty(0)), **options), x_TD, bias_E)
         ids_TK = ruled_out_TE.int().argsort(dim=1, descending=True, stable=True)[:, : options["top_k"]]
         assert ruled_out_TE.gather(1, ids_TK).all()
-        router = replaying(Choice(ids_TK), **options)
+        router = replaying(Selection(ids_TK), **options)
         routing = router(x_TD, bias_E)
         assert (routing.topk_scores_TK > 0).all()
         (routing.topk_scores_TK * draw(T, options["top_k"], seed=4)).sum().backward()
@@ -779,9 +779,9 @@ class TestReplayedScores:
         """Bitwise: the order of the picks is the order in which a combine adds them."""
         ids_TK = distinct_ids(T, num_experts=E, top_k=4, seed=7)
         x_TD = draw(T, D, seed=1)
-        routing = replaying(Choice(ids_TK), score_func=score_func, top_k=4)(x_TD)
+        routing = replaying(Selection(ids_TK), score_func=score_func, top_k=4)(x_TD)
         for order in ([3, 2, 1, 0], [1, 0, 3, 2], [2, 3, 0, 1]):
-            permuted = replaying(Choice(ids_TK[:, order]), score_func=score_func, top_k=4)(x_TD)
+            permuted = replaying(Selection(ids_TK[:, order]), score_func=score_func, top_k=4)(x_TD)
             assert torch.equal(permuted.topk_expert_ids_TK, ids_TK[:, order])
             assert torch.equal(permuted.topk_scores_TK, routing.topk_scores_TK[:, order])
             assert torch.equal(permuted.num_tokens_per_expert_E, routing.num_tokens_per_expert_E)
@@ -836,7 +836,7 @@ class TestWeightless:
             weightless_TK[:] = False
         if weightless == "all_of_a_row":
             weightless_TK[5] = True
-        router = replaying(Choice(ids_TK, weightless_TK=weightless_TK), top_k=4, **options)
+        router = replaying(Selection(ids_TK, weightless_TK=weightless_TK), top_k=4, **options)
         grad_TK = draw(T, 4, seed=4)
         weights_TK, gate_grad_ED = weights_by_hand(
             x_TD, router.gate.weight.detach(), ids_TK, weightless_TK, grad_TK, **options
@@ -855,7 +855,7 @@ class TestWeightless:
         ids_TK = distinct_ids(T, num_experts=E - 1, top_k=4, seed=7)
         ids_TK[:, 2] = E - 1
         weightless_TK = ids_TK == E - 1
-        choice = Choice(ids_TK, weightless_TK=weightless_TK if zero else None)
+        choice = Selection(ids_TK, weightless_TK=weightless_TK if zero else None)
         router = replaying(choice, top_k=4, route_norm=True)
         scores_TK = router(draw(T, D, seed=1)).topk_scores_TK
         (scores_TK * draw(T, 4, seed=4)).sum().backward()
@@ -869,7 +869,7 @@ class TestWeightless:
         ids_TK = distinct_ids(T, num_experts=E, top_k=4, seed=7)
         weightless_TK = torch.zeros(T, 4, dtype=torch.bool)
         weightless_TK[3] = True
-        router = replaying(Choice(ids_TK, weightless_TK=weightless_TK), top_k=4, route_norm=True)
+        router = replaying(Selection(ids_TK, weightless_TK=weightless_TK), top_k=4, route_norm=True)
         router.gate.weight = torch.nn.Parameter(router.gate.weight.detach().float())
         x_TD = draw(T, D, seed=1, dtype=torch.float32).requires_grad_()
         scores_TK = router(x_TD).topk_scores_TK
@@ -888,7 +888,7 @@ class TestLoad:
         """Of the load; dispatchers still need to know of every row."""
         ids_TK = distinct_ids(T, num_experts=E, top_k=4, seed=7)
         load_T = {"some": draw(T) > 0, "none": torch.zeros(T).bool(), "all": torch.ones(T).bool()}[counting]
-        routing: Routing = replaying(Choice(ids_TK, load_T=load_T), top_k=4)(draw(T, D, seed=1))
+        routing: Routing = replaying(Selection(ids_TK, load_T=load_T), top_k=4)(draw(T, D, seed=1))
         every, counted = [0] * E, [0] * E
         for t, ids in enumerate(ids_TK.tolist()):
             for e in ids:
@@ -901,12 +901,12 @@ class TestLoad:
 
     def test_is_everything_unless_told(self) -> None:
         ids_TK = distinct_ids(T, num_experts=E, top_k=4, seed=7)
-        routing = replaying(Choice(ids_TK), top_k=4)(draw(T, D, seed=1))
+        routing = replaying(Selection(ids_TK), top_k=4)(draw(T, D, seed=1))
         assert routing.load_E is None
         assert torch.equal(routing.counted_E, routing.num_tokens_per_expert_E)
 
     def test_no_tokens(self) -> None:
-        nothing = Choice(torch.empty(0, 4, dtype=torch.int64), load_T=torch.empty(0, dtype=torch.bool))
+        nothing = Selection(torch.empty(0, 4, dtype=torch.int64), load_T=torch.empty(0, dtype=torch.bool))
         routing = replaying(nothing, top_k=4)(torch.empty(0, D).double())
         assert routing.counted_E.tolist() == routing.num_tokens_per_expert_E.tolist() == [0] * E
 
@@ -936,9 +936,9 @@ def gaps(batch_size: int, seq_len: int, top_k: int) -> Tensor:
 
 
 class TestThroughSlots:
-    def slot(self, **options: Any) -> tuple[TokenChoiceTopKRouter, Slot]:
+    def slot(self, **options: Any) -> tuple[TokenChoiceTopKRouter, ReplaySelector]:
         router = build(draw(E, D, seed=2), **options)
-        return router, Slot("layers.1.moe", router, Regions())
+        return router, ReplaySelector("layers.1.moe", router, Regions())
 
     def microbatch(self, ids_PCK: Tensor, tokens_P: Tensor | None = None, **options: Any) -> Microbatch:
         installed = Installed(ids_PCK, {("layers.1.moe", 0): 0}, has_missing=True, **options)
@@ -953,7 +953,7 @@ class TestThroughSlots:
         """Biased and group-limited; when the groups are used up, the others by id. Weights stay unmasked."""
         options = {"top_k": 4, "num_expert_groups": 4, "num_limited_groups": limited}
         router, slot = self.slot(**options)
-        routes = Routes([slot])
+        routes = ReplaySession([slot])
         ids_PCK, x_TD, bias_E = gaps(2, 40, 4), draw(80, D, seed=1), 0.3 * draw(E, seed=3)
         with routes.microbatch(self.microbatch(ids_PCK)):
             routing = router(x_TD, bias_E, layout(2, 40))
@@ -976,7 +976,7 @@ class TestThroughSlots:
     def test_weight_of_a_filled_pick(self, fill_weight: Any, fill: Any) -> None:
         router, slot = self.slot(top_k=4, route_norm=True)
         ids_PCK = gaps(2, 20, 4)
-        with Routes([slot], fill=fill, fill_weight=fill_weight).microbatch(self.microbatch(ids_PCK)):
+        with ReplaySession([slot], fill=fill, fill_weight=fill_weight).microbatch(self.microbatch(ids_PCK)):
             routing = router(draw(40, D, seed=1), None, layout(2, 20))
         missing_TK = ids_PCK[:, 0] == MISSING
         assert_total(ids_PCK[:, 0], routing.topk_expert_ids_TK, E)
@@ -990,7 +990,7 @@ class TestThroughSlots:
         """Over the ranks of a sequence, uneven splits and empty ranks included."""
         batch_size, seq_len = 2, 9
         router, slot = self.slot(top_k=4)
-        routes = Routes([slot], fill=fill, ep_size=8)
+        routes = ReplaySession([slot], fill=fill, ep_size=8)
         ids_PCK, x_TD = gaps(batch_size, seq_len, 4), draw(batch_size * seq_len, D, seed=1)
         tokens_P = 1000 + torch.arange(batch_size * seq_len)
         with routes.microbatch(self.microbatch(ids_PCK, tokens_P)):
@@ -1007,7 +1007,7 @@ class TestThroughSlots:
         """Eight sequences at once, or two by two in another order: the index of a token is global."""
         seq_len = 10
         router, slot = self.slot(top_k=4)
-        routes = Routes([slot], fill="balanced", ep_size=8)
+        routes = ReplaySession([slot], fill="balanced", ep_size=8)
         tokens_BL = torch.arange(8 * seq_len).view(8, seq_len)
         ids_BLK, x_BLD = gaps(8, seq_len, 4).view(8, seq_len, 4), draw(8, seq_len, D, seed=1)
 
@@ -1025,7 +1025,7 @@ class TestThroughSlots:
         """4094 rows of padding with one hidden state; eight EP ranks get the same of it."""
         router, slot = self.slot(top_k=3)
         num_tokens = 4096 + 4094  # 4094 * 3 picks leave ten of a round of 16 experts
-        routes = Routes([slot], fill="balanced", ep_size=8)
+        routes = ReplaySession([slot], fill="balanced", ep_size=8)
         ids_PCK = distinct_ids(num_tokens, 1, num_experts=E, top_k=3)
         valid_P = torch.arange(num_tokens) < 4096
         ids_PCK[~valid_P] = MISSING
@@ -1044,7 +1044,7 @@ class TestThroughSlots:
         router, slot = self.slot(top_k=4)
         ids: list[Tensor] = []
         router.register_forward_hook(lambda _module, _args, out: ids.append(out.topk_expert_ids_TK))
-        routes, x_TD = Routes([slot]), draw(40, D, seed=1).requires_grad_()
+        routes, x_TD = ReplaySession([slot]), draw(40, D, seed=1).requires_grad_()
         with set_checkpoint_early_stop(False), routes.microbatch(self.microbatch(gaps(2, 20, 4))):
             out = checkpoint(
                 router, x_TD, None, layout(2, 20), use_reentrant=False, context_fn=slot.regions.contexts
@@ -1059,7 +1059,7 @@ class TestThroughSlots:
 
     def test_recomputation_that_cannot_know_is_refused(self) -> None:
         router, slot = self.slot(top_k=4)
-        routes, x_TD = Routes([slot]), draw(40, D, seed=1).requires_grad_()
+        routes, x_TD = ReplaySession([slot]), draw(40, D, seed=1).requires_grad_()
         with routes.microbatch(self.microbatch(gaps(2, 20, 4))):
             out = checkpoint(router, x_TD, None, layout(2, 20), use_reentrant=False)
             with pytest.raises(RuntimeError, match=r"layers\.1\.moe: a recomputation outside of a region"):

@@ -31,13 +31,20 @@ from titan_moe.layer.dispatch.base import Routing
 from titan_moe.layer.layout import TokenLayout
 from titan_moe.layer.load_balance import LoadBalancer
 from titan_moe.layer.moe import MoE
-from titan_moe.layer.router import Choice, Query, TokenChoiceTopKRouter
+from titan_moe.layer.router import Query, Selection, TokenChoiceTopKRouter
 from titan_moe.models.swap import swap_moe
 from titan_moe.parallel.parallelize import parallelize
 from titan_moe.replay import regions as regions_module
-from titan_moe.replay import slots as slots_module
+from titan_moe.replay import selectors as selectors_module
 from titan_moe.replay.regions import Region, Regions
-from titan_moe.replay.slots import Installed, Microbatch, Routes, Slot, bind_slots, slots_of
+from titan_moe.replay.selectors import (
+    Installed,
+    Microbatch,
+    ReplaySelector,
+    ReplaySession,
+    bind_selectors,
+    selectors_of,
+)
 
 D, E, K = 16, 8, 3
 LAYERS = ["layers.0.moe", "layers.1.moe"]
@@ -86,7 +93,7 @@ class Bound(NamedTuple):
 
     model: nn.Module
     regions: Regions
-    slots: list[Slot]
+    slots: list[ReplaySelector]
 
 
 def bound(model: nn.Module, ac: str = "none", *, pinned: bool = True) -> Bound:
@@ -94,7 +101,7 @@ def bound(model: nn.Module, ac: str = "none", *, pinned: bool = True) -> Bound:
     if ac != "none":
         AC[ac].Config().build(dump_folder="").apply(model)
     regions = Regions()
-    slots = bind_slots(model, regions)
+    slots = bind_selectors(model, regions)
     if pinned:
         regions.pin(model)
     return Bound(model, regions, slots)
@@ -372,9 +379,9 @@ class TestOrder:
 
     def test_routes_of_another_microbatch_would_be_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Regions that forget which forward is whose: a queue per layer, as in a cursor design."""
-        queue: dict[str, list[Choice]] = {}
+        queue: dict[str, list[Selection]] = {}
 
-        def choose(regions: Regions, name: str, choose: Callable[[], Choice]) -> Choice:
+        def choose(regions: Regions, name: str, choose: Callable[[], Selection]) -> Selection:
             if not regions.recomputing:
                 queue.setdefault(name, []).append(choose())
                 return queue[name][-1]
@@ -599,7 +606,7 @@ class TestNothingLeaks:
 
     def test_an_exception_in_a_microbatch(self) -> None:
         built = bound(Model(CASES), "full")
-        routes, installed = Routes(built.slots), install(some_ids(1, 18, 2))
+        routes, installed = ReplaySession(built.slots), install(some_ids(1, 18, 2))
         with pytest.raises(Boom), routes.microbatch(microbatch(0, installed)):
             fail()
         seen = watch(built.model)
@@ -608,7 +615,7 @@ class TestNothingLeaks:
 
     def test_an_inner_microbatch_gives_way_to_the_outer(self) -> None:
         built = bound(Model(CASES))
-        routes, seen = Routes(built.slots), watch(built.model)["layers.0.moe"]
+        routes, seen = ReplaySession(built.slots), watch(built.model)["layers.0.moe"]
         with routes.microbatch(microbatch(0)):
             with suppress(Boom), routes.microbatch(microbatch(1)):
                 built.model(tokens(0))
@@ -620,7 +627,7 @@ class TestNothingLeaks:
         """Their forwards and backwards interleave; one of them replays."""
         one, other = bound(Model(CASES), "full"), bound(Model(CASES[::-1]), "full")
         ids_PCK = some_ids(1, 18, 2)
-        routes = Routes(one.slots)
+        routes = ReplaySession(one.slots)
         expected = alone(following(Model(CASES), ids_PCK)) + alone(Model(CASES[::-1]))
         x_BLD, y_BLD = tokens(0), tokens(0)
         with routes.microbatch(microbatch(0, install(ids_PCK))):
@@ -672,13 +679,13 @@ def microbatch(number: int, installed: Installed | None = None, num_tokens: int 
 def following(model: Model, ids_PCK: Tensor) -> Model:
     """Routers that take these ids, column by column, whatever they score: what a replay must equal."""
 
-    def follow(_query: Query, counter: Iterator[int]) -> Choice:
-        return Choice(ids_PCK[:, next(counter)].long())
+    def follow(_query: Query, counter: Iterator[int]) -> Selection:
+        return Selection(ids_PCK[:, next(counter)].long())
 
     columns = [column for _ in range(100) for column in range(ids_PCK.shape[1])]
     counter = iter(columns)
     for moe in moes(model):
-        moe.router.source = lambda query: follow(query, counter)
+        moe.router.selector = lambda query: follow(query, counter)
     return model
 
 
@@ -688,16 +695,16 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: list[tuple[str, int, Tensor]] = []
 
-    def chosen(self, slot: Slot, microbatch: Microbatch, choice: Choice, query: Query) -> None:
+    def selected(self, slot: ReplaySelector, microbatch: Microbatch, choice: Selection, query: Query) -> None:
         self.seen.append((slot.layer, microbatch.calls[slot.layer], choice.ids_TK.to(torch.int8)))
 
 
 class LiveToo(Recorder):
     """Asks the live router as well, as the check does."""
 
-    def chosen(self, slot: Slot, microbatch: Microbatch, choice: Choice, query: Query) -> None:
+    def selected(self, slot: ReplaySelector, microbatch: Microbatch, choice: Selection, query: Query) -> None:
         query.ranking().topk(K + 1, dim=1)
-        super().chosen(slot, microbatch, choice._replace(ids_TK=query.live()), query)
+        super().selected(slot, microbatch, choice._replace(ids_TK=query.live()), query)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -710,7 +717,7 @@ class Replay:
 
     def run(self, model: Model, ac: str, schedule: str) -> tuple[list[dict[str, Tensor]], Recorder]:
         built, observer = bound(model, ac), self.observer()
-        routes = Routes(built.slots, observers=(observer,), **self.options)
+        routes = ReplaySession(built.slots, observers=(observer,), **self.options)
 
         def context(number: int) -> AbstractContextManager[Any]:
             installed = None
@@ -758,7 +765,10 @@ class TestInstalled:
             built = bound(build(), "full")
             seen = watch(built.model)["layers.0.moe"]
             columns = {("layers.0.moe", 0): 2, ("layers.0.moe", 1): 0}
-            routes, batch = Routes(built.slots), microbatch(0, Installed(ids_PCK, columns, has_missing=False))
+            routes, batch = (
+                ReplaySession(built.slots),
+                microbatch(0, Installed(ids_PCK, columns, has_missing=False)),
+            )
             found = run(built.model, "F0 B0", forward_in=lambda _n, r=routes, b=batch: r.microbatch(b))
             assert ids_of(seen)[:2] == [ids_PCK[:, 2].tolist(), ids_PCK[:, 0].tolist()]
             assert batch.calls == {"layers.0.moe": calls}
@@ -769,7 +779,7 @@ class TestInstalled:
         built = bound(Model(CASES), "full")
         seen, ids_PCK = watch(built.model), some_ids(1, 18, 1)
         installed = Installed(ids_PCK, {("layers.1.moe", 0): 0}, has_missing=False)
-        with Routes(built.slots).microbatch(microbatch(4, installed)):
+        with ReplaySession(built.slots).microbatch(microbatch(4, installed)):
             built.model(tokens(0)).backward(out_gradient(0))
         live_TK = with_input(CASES[0], tokens(0)).run().topk_ids_TK
         assert ids_of(seen["layers.0.moe"]) == [live_TK.tolist()] * 2
@@ -796,7 +806,7 @@ class TestInstalled:
         """Ids at both dispatchers, in the forward and after the gates moved."""
         built = bound(Model(CASES), "full", pinned=pinned)
         seen = watch(built.model)
-        with Routes(built.slots).microbatch(microbatch(0, install(ids_PCK))):
+        with ReplaySession(built.slots).microbatch(microbatch(0, install(ids_PCK))):
             out_BLD = built.model(tokens(0))
         move_gates(built.model, 1)
         out_BLD.backward(out_gradient(0))
@@ -808,7 +818,7 @@ class TestInstalled:
         ids_PCK = some_ids(1, 18, 2, missing=0.4)
         built = bound(Model(CASES), "full")
         seen = watch(built.model)
-        with Routes(built.slots, fill_weight="zero").microbatch(microbatch(0, install(ids_PCK))):
+        with ReplaySession(built.slots, fill_weight="zero").microbatch(microbatch(0, install(ids_PCK))):
             out_BLD = built.model(tokens(0))
         move_gates(built.model, 1)
         out_BLD.backward(out_gradient(0))
@@ -823,7 +833,7 @@ class TestInstalled:
     @pytest.mark.parametrize("ac", ["none", "full"])
     def test_a_recomputation_outside_of_a_region_is_refused(self, ac: str) -> None:
         built = bound(Model(CASES), ac, pinned=False)
-        with Routes(built.slots).microbatch(microbatch(0)):
+        with ReplaySession(built.slots).microbatch(microbatch(0)):
             if ac == "full":
                 out_BLD = built.model(tokens(0))
             else:
@@ -836,7 +846,7 @@ class TestInstalled:
         built = bound(Model(CASES))
         message = r"layers\.0\.moe: the forward has 2 x 7 tokens, 18 are installed"
         with (
-            Routes(built.slots).microbatch(microbatch(0, install(some_ids(1, 18, 2)))),
+            ReplaySession(built.slots).microbatch(microbatch(0, install(some_ids(1, 18, 2)))),
             pytest.raises(ValueError, match=message),
         ):
             built.model(tokens(0, length=7))
@@ -844,7 +854,7 @@ class TestInstalled:
     def test_a_router_that_is_not_told_whose_tokens_is_refused(self) -> None:
         built = bound(Model(CASES))
         with (
-            Routes(built.slots).microbatch(microbatch(0, install(some_ids(1, 18, 2)))),
+            ReplaySession(built.slots).microbatch(microbatch(0, install(some_ids(1, 18, 2)))),
             pytest.raises(ValueError, match=r"layers\.0\.moe: .* give the router a layout"),
         ):
             moes(built.model)[0].router(tokens(0).flatten(0, 1))
@@ -898,7 +908,7 @@ class TestSteps:
     @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
     def test_each_microbatch_has_its_own_ids(self, ac: str, order: tuple[int, ...]) -> None:
         built, plain = bound(Model(CASES), ac), Model(CASES)
-        routes = Routes(built.slots)
+        routes = ReplaySession(built.slots)
         for step in range(2):
             ids = [some_ids(10 * step + n, 2 * length, 2) for n, length in enumerate(self.LENGTHS)]
             flight = []
@@ -958,7 +968,7 @@ class TestPadding:
     ) -> tuple[list[list[int]], Tensor, Tensor]:
         """Counts per layer, the biases that follow, and the output."""
         built = bound(Model(CASES), ac)
-        with Routes(built.slots).microbatch(microbatch(0, installed, x_BLD[..., 0].numel())):
+        with ReplaySession(built.slots).microbatch(microbatch(0, installed, x_BLD[..., 0].numel())):
             out_BLD = built.model(x_BLD)
             out_BLD.backward(torch.ones_like(out_BLD))
         load = counts(built.model)
@@ -985,7 +995,7 @@ def replay_on(ctx: RankContext, case: Case, mesh: Mesh, ids_N1K: Tensor, valid_P
     columns = {("moe", 0): 0}
     installed = Installed(ctx.replicate(ids_N1K), columns, has_missing=False, valid_P=ctx.replicate(valid_P))
     batch = Microbatch(number=0, tokens_P=torch.arange(ids_N1K.shape[0]), installed=installed)
-    with Routes(built.slots).microbatch(batch):
+    with ReplaySession(built.slots).microbatch(batch):
         out = built.model["moe"](layers.placed(x_BLD, dims, mesh))
     layer.expert_bias_E.copy_(torch.linspace(1, -1, E))
     out_BLD = out.full_tensor() if isinstance(out, DTensor) else out
@@ -1037,7 +1047,7 @@ class TestSequenceParallel:
         def flat(_layer: str, layout: TokenLayout, ids_PCK: Tensor) -> Tensor:
             return torch.arange(layout.num_local_tokens) + layout.sp_rank * layout.num_local_tokens
 
-        monkeypatch.setattr(slots_module, "places", flat)
+        monkeypatch.setattr(selectors_module, "places", flat)
         case = layer_case(1, length=4)
         ids_N1K, valid_P = turning_ids(2, 4), torch.ones(8, dtype=torch.bool)
         results = run_ranks(replay_on, 2, case, SP_MESHES[0], ids_N1K, valid_P, mode="local_tensor")
@@ -1086,7 +1096,7 @@ def parallelized(ctx: RankContext, ac: str, compiled: bool) -> tuple[list[str], 
         if _is_wrapper(module)
     ]
     pinned = sum(getattr(contexts, "__func__", None) is Regions.contexts for contexts in regions)
-    return [slot.layer for slot in slots_of(model)], names, pinned
+    return [slot.layer for slot in selectors_of(model)], names, pinned
 
 
 def _is_router(module: nn.Module) -> bool:
@@ -1110,41 +1120,41 @@ class TestBinding:
     def test_names_do_not_show_checkpoints(self, ac: str) -> None:
         built = bound(Model(CASES), ac)
         assert [slot.layer for slot in built.slots] == LAYERS
-        assert [moe.router.source for moe in moes(built.model)] == built.slots == slots_of(built.model)
+        assert [moe.router.selector for moe in moes(built.model)] == built.slots == selectors_of(built.model)
 
     @pytest.mark.parametrize("wrapper", ["_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"])
     def test_names_do_not_show_wrappers(self, wrapper: str) -> None:
         inner = nn.ModuleDict({wrapper: Model(CASES)})
         for block, moe in zip(inner[wrapper].layers, moes(inner), strict=True):
             inner[wrapper].layers[block] = nn.ModuleDict({wrapper: nn.ModuleDict({"moe": moe})})
-        slots = bind_slots(nn.ModuleDict({wrapper: inner}), Regions())
+        slots = bind_selectors(nn.ModuleDict({wrapper: inner}), Regions())
         assert [slot.layer for slot in slots] == LAYERS
 
     def test_a_layer_alone(self) -> None:
-        assert [slot.layer for slot in bind_slots(moes(Model(CASES))[0], Regions())] == ["router"]
+        assert [slot.layer for slot in bind_selectors(moes(Model(CASES))[0], Regions())] == ["router"]
 
     def test_shapes(self) -> None:
         assert [slot.shape for slot in bound(Model(CASES)).slots] == [(layer, E, K) for layer in LAYERS]
 
     def test_dense_layers_take_no_slot(self) -> None:
         blocks = [nn.Linear(D, D), Block(layers.build_layer(CASES[0])), nn.Linear(D, D)]
-        assert [slot.layer for slot in bind_slots(model_of(*blocks), Regions())] == ["layers.1.moe"]
+        assert [slot.layer for slot in bind_selectors(model_of(*blocks), Regions())] == ["layers.1.moe"]
 
     def test_made_in_another_order(self) -> None:
         later, earlier = (Block(layers.build_layer(case)) for case in (CASES[1], CASES[0]))
         built = bound(model_of(earlier, later), "full")
         ids_PCK = some_ids(0, 18, 2)
         seen = watch(built.model)
-        with Routes(built.slots).microbatch(microbatch(0, install(ids_PCK))):
+        with ReplaySession(built.slots).microbatch(microbatch(0, install(ids_PCK))):
             built.model(tokens(0))
         assert [ids_of(seen[layer]) for layer in LAYERS] == [[ids.tolist()] for ids in ids_PCK.unbind(1)]
 
     def test_orphans_have_no_part(self) -> None:
         """A decoder that was built, bound and thrown away (verl#7340)."""
         orphan = bound(Model(CASES))
-        orphan_routes = Routes(orphan.slots)
+        orphan_routes = ReplaySession(orphan.slots)
         built = bound(Model(CASES), "full")
-        routes, ids_PCK = Routes(built.slots), some_ids(0, 18, 2)
+        routes, ids_PCK = ReplaySession(built.slots), some_ids(0, 18, 2)
         seen, orphan_seen = watch(built.model), watch(orphan.model)
         batch = microbatch(0, install(ids_PCK))
         with orphan_routes.microbatch(microbatch(9)), routes.microbatch(batch):
@@ -1162,9 +1172,9 @@ class TestBinding:
         rebuilt = moe.router.config.build()
         rebuilt.gate.weight = moe.router.gate.weight
         moe.router = rebuilt
-        assert slots_of(built.model) == built.slots[1:]
+        assert selectors_of(built.model) == built.slots[1:]
         again = bound(built.model)
-        assert [slot.layer for slot in slots_of(built.model)] == LAYERS
+        assert [slot.layer for slot in selectors_of(built.model)] == LAYERS
         assert differing(run(again.model, "F0 F1 B0 B1"), alone(Model(CASES), 2)) == []
 
     def test_mtp_blocks_have_names_of_their_own(self) -> None:
@@ -1186,7 +1196,7 @@ class TestBinding:
         columns = {(name, 0): column for column, name in enumerate(names)}
         batch = microbatch(0, Installed(ids_PCK, columns, has_missing=False))
         seen = watch(built.model)
-        routes = Routes(built.slots)
+        routes = ReplaySession(built.slots)
         found = run(built.model, "F0 B0", forward_in=lambda _number: routes.microbatch(batch))
         assert batch.calls == dict.fromkeys(names, 1)
         assert [ids_of(seen[name])[0] for name in names] == [ids.tolist() for ids in ids_PCK.unbind(1)]

@@ -18,7 +18,7 @@ from titan_moe.replay.check import Gates, ReplayCheckError
 from titan_moe.replay.ids import MISSING, ReplayDataError
 from titan_moe.replay.regions import Regions
 from titan_moe.replay.rl import RolloutReplay
-from titan_moe.replay.slots import Microbatch, Routes, bind_slots, slots_of
+from titan_moe.replay.selectors import Microbatch, ReplaySession, bind_selectors, selectors_of
 from titan_moe.replay.trace import Header, TraceWriter
 
 B, L, D, F, E, K = 3, 7, 16, 8, 8, 3
@@ -41,7 +41,7 @@ class Model(nn.Module):
         super().__init__()
         blocks = {str(number): Block(layers.build_layer(case)) for number, case in CASES.items()}
         self.layers = nn.ModuleDict({"0": nn.Identity(), **blocks})
-        bind_slots(self, Regions())
+        bind_selectors(self, Regions())
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         for block in self.layers.values():
@@ -137,8 +137,8 @@ class TestInstalling:
 
 
 class TestRefusals:
-    def test_a_model_without_slots(self) -> None:
-        with pytest.raises(ValueError, match="no router of ours with a slot"):
+    def test_a_model_without_routers_of_ours(self) -> None:
+        with pytest.raises(ValueError, match="no router of ours that can replay"):
             RolloutReplay([nn.Linear(2, 2)])
 
     def test_too_few_layers(self, model: Model) -> None:
@@ -161,7 +161,7 @@ class TestRefusals:
 
 
 def header() -> Header:
-    shapes = [slot.shape for slot in slots_of(Model())]
+    shapes = [slot.shape for slot in selectors_of(Model())]
     return Header(
         model="m",
         layers=Header.layers_of(shapes),
@@ -206,7 +206,7 @@ class TestCost:
 
     def test_record(self, model: Model, tmp_path: Path) -> None:
         writer = TraceWriter(tmp_path, header(), rank=0, num_ranks=1, mesh="")
-        routes = Routes(slots_of(model), observers=(writer,))
+        routes = ReplaySession(selectors_of(model), observers=(writer,))
         with routes.microbatch(Microbatch(number=0, tokens_P=torch.arange(B * L))):
             assert self._reads(model) == []
         (ids_TK,) = writer._parts["layers.1.moe#0"]
@@ -215,8 +215,8 @@ class TestCost:
 
     def test_a_read_is_noticed(self, model: Model) -> None:
         moe: Any = model.layers["1"].moe
-        source = moe.router.source
-        moe.router.source = lambda query: (query.ranking().max().item(), source(query))[1]
+        source = moe.router.selector
+        moe.router.selector = lambda query: (query.ranking().max().item(), source(query))[1]
         assert len(self._reads(model)) == 1
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.ranks import RankError, run_ranks
 from tests.training import train
 from titan_moe.layer.moe import MoE
-from titan_moe.layer.router import live
+from titan_moe.layer.router import select_live
 
 CONFIGS = Path(__file__).parent.parent / "train_configs"
 TIMEOUT_S = 240.0
@@ -211,7 +211,7 @@ class TestTheCheckFails:
 
 
 def _take_the_slot_out(moes: list[MoE]) -> None:
-    moes[-1].router.source = live
+    moes[-1].router.selector = select_live
 
 
 def _swap_ids_behind_the_router(moes: list[MoE]) -> None:

@@ -25,7 +25,7 @@ from titan_moe.bench import (
     wire,
 )
 from titan_moe.bench.dispatchers import markdown
-from titan_moe.bench.report import Found, Settings
+from titan_moe.bench.report import BenchSettings, Found
 
 # Each has TITLE, NOTE, measure, tables and figures. The layer and its floor take their turns together.
 PARTS: dict[str, Any] = {
@@ -44,7 +44,7 @@ PARTS: dict[str, Any] = {
 def main(argv: Sequence[str]) -> int:
     """Measures, prints and writes what was asked for."""
     args = _parser().parse_args(argv)
-    settings = Settings(world_size=args.world_size, quick=args.quick, only=tuple(args.only or ()))
+    settings = BenchSettings(world_size=args.world_size, quick=args.quick, only=tuple(args.only or ()))
     clock.keep_memory()
     clock.keep_kernels()
     about = machine.describe(argv)

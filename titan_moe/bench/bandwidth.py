@@ -6,7 +6,7 @@ import torch
 
 from titan_moe.bench.clock import DEVICE
 from titan_moe.bench.interleave import interleaved, spread
-from titan_moe.bench.report import Found, Settings, Table
+from titan_moe.bench.report import BenchSettings, Found, Table
 from titan_moe.bench.shapes import BF16, FP32, INT64, Shape
 from titan_moe.layer.kernels import ops as kernels
 
@@ -40,12 +40,12 @@ class Kernel:
         """Nothing is kept."""
 
 
-def measure(settings: Settings) -> Found:
+def measure(settings: BenchSettings) -> Found:
     """Per shape and kernel: bytes of a launch and seconds of each."""
     return {str(shape): _measure(shape, settings.repeats(REPEATS)) for shape in settings.kernel_shapes}
 
 
-def tables(found: Found, settings: Settings) -> Iterator[Table]:
+def tables(found: Found, settings: BenchSettings) -> Iterator[Table]:
     """A line per shape and kernel."""
     lines = [["shape", "kernel", "MB", "us", "GB/s", "of a copy's"]]
     for shape, by_kernel in found.items():

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from titan_moe.bench.contestants import LAYERS, OURS, STOCK, LayerRun, Problem, check_same
-from titan_moe.bench.report import Found, Settings, Table
+from titan_moe.bench.report import BenchSettings, Found, Table
 from titan_moe.bench.shapes import least_bytes
 
 TITLE = "Traffic: bytes read and written beside the GEMMs, forward and backward"
@@ -101,7 +101,7 @@ def bytes_moved(run: LayerRun) -> Counter[str]:
     return counter.by_op
 
 
-def measure(settings: Settings) -> Found:
+def measure(settings: BenchSettings) -> Found:
     """Per shape: bytes by op of each layer, and the least there can be."""
     found: Found = {}
     for shape in settings.layer_shapes:
@@ -114,7 +114,7 @@ def measure(settings: Settings) -> Found:
     return found
 
 
-def tables(found: Found, settings: Settings) -> Iterator[Table]:
+def tables(found: Found, settings: BenchSettings) -> Iterator[Table]:
     """A line per shape; and where the part is alone, each side's biggest ops."""
     names = list(next(iter(found.values()))["by_op"])
     mine = [name for name in names if name != STOCK]

@@ -9,7 +9,7 @@ from titan_moe.bench.clock import BACKEND, DEVICE
 from titan_moe.bench.contestants import ALL_TO_ALL, OVER_RANKS, PER_RANK, STOCK, Problem, check_same
 from titan_moe.bench.interleave import geometric_mean, interleaved, ratio, spread
 from titan_moe.bench.ranks import on_ranks
-from titan_moe.bench.report import Found, Settings, Table
+from titan_moe.bench.report import BenchSettings, Found, Table
 from titan_moe.bench.shapes import Shape
 
 TITLE = "EP: the layer over ranks"
@@ -20,7 +20,7 @@ NOTE = (
 REPEATS, WARMUP = 15, 2
 
 
-def measure(settings: Settings) -> Found:
+def measure(settings: BenchSettings) -> Found:
     """Per EP degree and shape: seconds of each dispatcher."""
     shapes, repeats = settings.rank_shapes, settings.repeats(REPEATS)
     return {str(ep): on_ranks(times_on_rank, ep, shapes, repeats) for ep in settings.ep_sizes}
@@ -39,7 +39,7 @@ def times_on_rank(shapes: Sequence[Shape], repeats: int) -> Found:
     return found
 
 
-def tables(found: Found, settings: Settings) -> Iterator[Table]:
+def tables(found: Found, settings: BenchSettings) -> Iterator[Table]:
     """A line per degree and shape; geometric means per degree."""
     names = list(OVER_RANKS)
     ours = [name for name in names if name != STOCK]

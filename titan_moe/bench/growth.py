@@ -5,7 +5,7 @@ from typing import Any
 
 from titan_moe.bench.contestants import FLOOR, LAYERS, OURS, Floor, Problem
 from titan_moe.bench.interleave import Spread, interleaved, ratio, spread
-from titan_moe.bench.report import Found, Settings, Table
+from titan_moe.bench.report import BenchSettings, Found, Table
 from titan_moe.bench.shapes import Shape
 
 TITLE = "Growth: ours and its GEMMs over tokens, experts and K"
@@ -26,13 +26,13 @@ QUICK: dict[str, dict[int, Shape]] = {
 LINEAR, EXPERTS = ("4096", "65536"), ("8", "256")
 
 
-def measure(settings: Settings) -> Found:
+def measure(settings: BenchSettings) -> Found:
     """Per row and size: seconds of ours and of the floor."""
     rows = QUICK if settings.quick else ROWS
     return {row: _measure_row(shapes, settings.repeats(REPEATS)) for row, shapes in rows.items()}
 
 
-def tables(found: Found, settings: Settings) -> Iterator[Table]:
+def tables(found: Found, settings: BenchSettings) -> Iterator[Table]:
     """A table per row; growth from its first size on."""
     rows = QUICK if settings.quick else ROWS
     for row, sizes in found.items():

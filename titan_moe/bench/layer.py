@@ -6,7 +6,7 @@ from typing import Any
 from titan_moe.bench.clock import busy_seconds, matmul_flops
 from titan_moe.bench.contestants import FLOOR, LAYERS, OURS, STOCK, Floor, Problem, check_same
 from titan_moe.bench.interleave import Contestant, geometric_mean, interleaved, ratio, spread
-from titan_moe.bench.report import Found, Settings, Table
+from titan_moe.bench.report import BenchSettings, Found, Table
 
 TITLE = "Layer: router, dispatch, experts, combine; floor: its GEMMs alone"
 NOTE = (
@@ -16,7 +16,7 @@ NOTE = (
 REPEATS, WARMUP = 15, 2
 
 
-def measure(settings: Settings) -> Found:
+def measure(settings: BenchSettings) -> Found:
     """Per shape: seconds of stock, of ours and of the floor; how far ours is from stock."""
     found: Found = {}
     for shape in settings.layer_shapes:
@@ -36,7 +36,7 @@ def measure(settings: Settings) -> Found:
     return found
 
 
-def tables(found: Found, settings: Settings) -> Iterator[Table]:
+def tables(found: Found, settings: BenchSettings) -> Iterator[Table]:
     """A line per shape and one of geometric means; on a GPU, its own time and TFLOP/s too."""
     names = list(next(iter(found.values()))["seconds"])
     mine = [name for name in names if name not in (STOCK, FLOOR)]

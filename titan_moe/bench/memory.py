@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from titan_moe.bench import clock
 from titan_moe.bench.contestants import INPUTS, LAYERS, OURS, STOCK, LayerRun, Problem, check_same
-from titan_moe.bench.report import Found, Settings, Table
+from titan_moe.bench.report import BenchSettings, Found, Table
 
 TITLE = "Memory: bytes saved for backward, and peak of forward and backward"
 NOTE = (
@@ -25,7 +25,7 @@ NOTE = (
 )
 
 
-def measure(settings: Settings) -> Found:
+def measure(settings: BenchSettings) -> Found:
     """Per shape: saved and peak bytes of each layer."""
     found: Found = {}
     for shape in settings.layer_shapes:
@@ -39,7 +39,7 @@ def measure(settings: Settings) -> Found:
     return found
 
 
-def tables(found: Found, settings: Settings) -> Iterator[Table]:
+def tables(found: Found, settings: BenchSettings) -> Iterator[Table]:
     """A line per shape."""
     names = list(next(iter(found.values())))
     columns = [f"{what}, {name}" for what in ("saved MB", "peak MB") for name in names]

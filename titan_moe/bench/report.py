@@ -12,7 +12,7 @@ Table = list[list[str]]  # the first line holds the heads
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class BenchSettings:
     """How much is measured."""
 
     world_size: int = 4  # the most ranks

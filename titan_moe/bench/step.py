@@ -16,7 +16,7 @@ from titan_moe.bench.clock import DEVICE
 from titan_moe.bench.contestants import OURS, STOCK, DifferentLayers
 from titan_moe.bench.interleave import Estimate, interleaved, ratio, spread, total_ratio
 from titan_moe.bench.ranks import on_ranks
-from titan_moe.bench.report import Found, Settings, Table
+from titan_moe.bench.report import BenchSettings, Found, Table
 from titan_moe.trainer.config import load
 from titan_moe.trainer.device import ONEDNN_KERNELS
 from titan_moe.trainer.train import Trainer
@@ -77,7 +77,7 @@ class Steps:
         """A step clears its gradients itself."""
 
 
-def measure(settings: Settings) -> Found:
+def measure(settings: BenchSettings) -> Found:
     """Per mesh that there are ranks for: seconds, CPU seconds and first losses of both sides."""
     found: Found = {}
     for mesh, (ranks, config, overrides) in MESHES.items():
@@ -121,7 +121,7 @@ def steps_on_rank(argv: list[str], repeats: int) -> Found:
     }
 
 
-def tables(found: Found, settings: Settings) -> Iterator[Table]:
+def tables(found: Found, settings: BenchSettings) -> Iterator[Table]:
     """A line per mesh."""
     pair = "stock / ours"
     lines = [["mesh", "stock ms", "ours ms", pair, "stock CPU s", "ours CPU s", pair, "user mode"]]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from titan_moe.bench.clock import DEVICE
 from titan_moe.bench.contestants import OVER_RANKS, STOCK, LayerRun, Problem
 from titan_moe.bench.ranks import on_ranks
-from titan_moe.bench.report import Found, Settings, Table
+from titan_moe.bench.report import BenchSettings, Found, Table
 from titan_moe.bench.shapes import BF16, Shape
 
 TITLE = "Wire: bytes handed to the network"
@@ -35,7 +35,7 @@ class CollectiveBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def measure(settings: Settings) -> Found:
+def measure(settings: BenchSettings) -> Found:
     """Per EP degree and shape: bytes of each dispatcher, summed over ranks."""
     return {str(ep): on_ranks(bytes_on_rank, ep, settings.rank_shapes) for ep in settings.ep_sizes}
 
@@ -53,7 +53,7 @@ def bytes_on_rank(shapes: Sequence[Shape]) -> Found:
     return found
 
 
-def tables(found: Found, settings: Settings) -> Iterator[Table]:
+def tables(found: Found, settings: BenchSettings) -> Iterator[Table]:
     """A line per degree, shape and dispatcher."""
     yield [
         ["EP", "shape", "dispatcher", "receipts, forward MB", "forward MB", "backward MB", "of stock's"],

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torchtitan.models.common import moe as upstream
 
-from titan_moe.layer.dispatch.base import Source
+from titan_moe.layer.dispatch.base import RowSource
 from titan_moe.layer.grouped_mm import grouped_mm, outer_products
 from titan_moe.layer.kernels import ops as kernels
 
@@ -37,7 +37,7 @@ class GroupedExperts(upstream.GroupedExperts):
         self.save: Save = config.save
 
     def forward(  # pyrefly: ignore[bad-override]  (one parameter more)
-        self, x_RD: torch.Tensor, num_tokens_per_expert_e: torch.Tensor, source: Source | None = None
+        self, x_RD: torch.Tensor, num_tokens_per_expert_e: torch.Tensor, source: RowSource | None = None
     ) -> torch.Tensor:
         """``(R, D)`` in the order of the rows given.
 
@@ -70,7 +70,7 @@ def swiglu_experts(
     w1_eFD: torch.Tensor,
     w2_eDF: torch.Tensor,
     w3_eFD: torch.Tensor,
-    source: Source | None = None,
+    source: RowSource | None = None,
     save: Save = "all",
 ) -> torch.Tensor:
     """``(R, D)``: ``w2[e] @ (silu(w1[e] @ x) * (w3[e] @ x))`` for the rows of each expert e.
@@ -82,7 +82,7 @@ def swiglu_experts(
         save: what else is kept. all: what the matmuls and the activation made. inputs: nothing; two of the
             nine matmuls run again.
     """
-    origin = (None,) * len(Source._fields) if source is None else source
+    origin = (None,) * len(RowSource._fields) if source is None else source
     if source is not None:
         x_RD = x_RD.detach()
     if save == "inputs":
@@ -191,7 +191,7 @@ def _unboxed(grads: tuple[Any, ...]) -> list[torch.Tensor]:
 
 
 def _kept(x_RD: torch.Tensor, origin: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-    """Source's fields; the rows themselves where they came from nowhere."""
+    """RowSource's fields; the rows themselves where they came from nowhere."""
     return origin if origin[0] is not None else (x_RD, None, None, None)
 
 

@@ -10,9 +10,9 @@ class TokenLayout:
     """The local sizes of one rank, and its place among the SP ranks that share the sequence.
 
     The sequence is split over the SP ranks as ``torch.chunk`` splits it. With
-    ``P = local_seq_len_after_padding``, rank r has the positions from ``r * P`` up to, and without,
-    ``min((r + 1) * P, global_seq_len)``. So late ranks may have fewer than P, or none. Padding is a number
-    here, never a row ("virtual padding", pytorch/torchtitan#3577).
+    ``padded = local_seq_len_after_padding``, rank r has the positions from ``r * padded`` up to, and without,
+    ``min((r + 1) * padded, global_seq_len)``. So late ranks may have fewer than that, or none. Padding is a
+    number here, never a row ("virtual padding", pytorch/torchtitan#3577).
 
     Raises:
         ValueError: the numbers do not describe such a split.

@@ -11,6 +11,7 @@ Shape suffixes, one letter one dim, on tensors only; this is the one legend, oth
 
     M  rows sent once per token and rank    U  of them, those that arrive here
     P  places in a (B, L) grid             C  columns of replayed ids: layers, or calls of them
+    Q  T, filled up to a buffer's fixed size
 
 A capital is the logical dim even where the tensor holds a shard of it.
 """

@@ -20,7 +20,7 @@ from titan_moe.layer.kernels import ops as kernels
 from titan_moe.layer.layout import TokenLayout
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """Which experts T tokens go to.
 
     Attributes:
@@ -37,13 +37,14 @@ class Choice(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What a router asks its source.
+    """What a router asks its selector.
 
     Attributes:
-        live: the router's own top-k, ``(T, K)``, when called.
-        ranking: what that orders by, ``(T, E)``, when called: biased, -inf outside a token's groups.
-        layout: whose tokens these are; None where the caller did not say.
-        biased: the biased scores of all groups, ``(T, E)``, when called.
+        live: a callable that returns the router's own top-k ids, ``(T, K)``.
+        ranking: a callable that returns what they are the top of, ``(T, E)``: the biased scores, with -inf
+            outside of the groups that a token may use.
+        layout: where these tokens lie in the (B, L) grid; None where the caller did not say.
+        biased: a callable that returns the biased scores of all groups, ``(T, E)``.
     """
 
     live: Callable[[], torch.Tensor]
@@ -52,9 +53,9 @@ class Query(NamedTuple):
     biased: Callable[[], torch.Tensor]
 
 
-def live(query: Query) -> Choice:
-    """The source of a router that decides for itself."""
-    return Choice(query.live())
+def select_live(query: Query) -> Selection:
+    """The selector of a router that decides for itself."""
+    return Selection(query.live())
 
 
 class TokenChoiceTopKRouter(Module):
@@ -87,7 +88,7 @@ class TokenChoiceTopKRouter(Module):
         super().__init__()
         self.config = config
         self.gate = config.gate.build()
-        self.source: Callable[[Query], Choice] = live
+        self.selector: Callable[[Query], Selection] = select_live
 
     def forward(
         self,
@@ -100,21 +101,21 @@ class TokenChoiceTopKRouter(Module):
         Args:
             x_TD: ``(T, D)`` plain local tensor.
             expert_bias_E: ``(E,)`` added to the scores for selection only.
-            layout: whose tokens these are, for a ``source`` that knows them by name.
+            layout: whose tokens these are, for a ``selector`` that knows them by name.
         """
         scores_TE = self._scores(x_TD)
         parts = (scores_TE.detach(), expert_bias_E)
         select, ranking, biased = (partial(f, *parts) for f in (self._select, self._ranking, _biased))
-        choice = self.source(Query(select, ranking, layout, biased))
-        topk_scores_TK = scores_TE.gather(1, choice.ids_TK)
-        if choice.weightless_TK is not None:
-            topk_scores_TK = topk_scores_TK.masked_fill(choice.weightless_TK, 0)
+        selection = self.selector(Query(select, ranking, layout, biased))
+        topk_scores_TK = scores_TE.gather(1, selection.ids_TK)
+        if selection.weightless_TK is not None:
+            topk_scores_TK = topk_scores_TK.masked_fill(selection.weightless_TK, 0)
         if self.config.route_norm:
             topk_scores_TK = topk_scores_TK / (topk_scores_TK.sum(-1, keepdim=True) + 1e-20)
         topk_scores_TK = topk_scores_TK * self.config.route_scale
-        load_E = None if choice.load_T is None else self._count(choice.ids_TK, choice.load_T)
-        counts_E = self._count(choice.ids_TK)
-        return Routing(topk_scores_TK, choice.ids_TK, counts_E, load_E=load_E, origin=choice.origin)
+        load_E = None if selection.load_T is None else self._count(selection.ids_TK, selection.load_T)
+        counts_E = self._count(selection.ids_TK)
+        return Routing(topk_scores_TK, selection.ids_TK, counts_E, load_E=load_E, origin=selection.origin)
 
     def _scores(self, x_TD: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)

@@ -21,14 +21,14 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter as StockRouter
 
 from titan_moe.layer.names import plain_modules, plain_name
 from titan_moe.layer.recomputation import is_recomputing
-from titan_moe.layer.router import Choice, Query, TokenChoiceTopKRouter
+from titan_moe.layer.router import Query, Selection, TokenChoiceTopKRouter
 from titan_moe.numerics.features import features, local_tokens
 from titan_moe.numerics.load import FORMAT, Captured
 from titan_moe.numerics.margins import Groups, margins
 from titan_moe.numerics.section import Numerics
 from titan_moe.numerics.sublayers import Inputs
 from titan_moe.replay.regions import unseen_by_selective_ac
-from titan_moe.replay.slots import Microbatch, Slot
+from titan_moe.replay.selectors import Microbatch, ReplaySelector
 
 Columns = dict[str, list[torch.Tensor]]  # by "module|what|column": one tensor per microbatch
 
@@ -98,12 +98,14 @@ class Capture:
     def _running(self) -> torch.Tensor | None:
         return None if self.microbatch is None else self.microbatch.tokens_P
 
-    def chosen(self, slot: Slot, microbatch: Microbatch, choice: Choice, query: Query) -> None:
+    def selected(
+        self, selector: ReplaySelector, microbatch: Microbatch, selection: Selection, query: Query
+    ) -> None:
         """A replay's Observer: our routers' choices."""
         assert query.layout is not None, "MoE gives its router a layout"
-        places_T = query.layout.global_token_indices(choice.ids_TK.device)
-        name = f"{slot.layer}.router"
-        self._route(name, microbatch.tokens_P.index_select(0, places_T), choice.ids_TK, query.biased())
+        places_T = query.layout.global_token_indices(selection.ids_TK.device)
+        name = f"{selector.layer}.router"
+        self._route(name, microbatch.tokens_P.index_select(0, places_T), selection.ids_TK, query.biased())
 
     def _stock_route(self, name: str, bias_E: torch.Tensor | None, out: Any, top_k: int) -> None:
         """torchtitan's router returns weights, ids and scores of every expert, each ``(B, L, ...)``."""

@@ -18,7 +18,7 @@ from titan_moe.layer.moe import MoE
 from titan_moe.parallel.limits import dispatch_limits
 from titan_moe.parallel.sharding import shard_moe
 from titan_moe.replay.regions import Regions
-from titan_moe.replay.slots import bind_slots
+from titan_moe.replay.selectors import bind_selectors
 
 
 def parallelize(
@@ -62,7 +62,7 @@ def parallelize(
         apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
     else:
         regions = Regions()
-        bind_slots(model, regions)
+        bind_selectors(model, regions)
         if recompute_pin:
             regions.pin(model)
     _apply_fsdp(model, parallel_dims, training, parallelism)

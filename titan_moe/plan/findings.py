@@ -11,8 +11,8 @@ from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 from titan_moe.layer import dispatch
 from titan_moe.parallel.blocks import count_drawn
 from titan_moe.plan.memory import Held, largest_unit
-from titan_moe.plan.rehearsal import Axis, Microbatch, Rehearsal, fake_world
-from titan_moe.plan.routes import Load, Routes
+from titan_moe.plan.rehearsal import Axis, MicrobatchCost, Rehearsal, fake_world
+from titan_moe.plan.routes import Load, RehearsedRoutes
 from titan_moe.plan.wire import Call
 from titan_moe.trainer.config import ConfigError, Job, load
 
@@ -54,7 +54,7 @@ class Findings:
     held: Held
     unit: tuple[str, int]
     rows: dict[Load, int]
-    microbatches: dict[Load, Microbatch]
+    microbatches: dict[Load, MicrobatchCost]
     axes: dict[str, Axis]
     sent: Counter[Call]
     dispatchers: dict[str, DispatcherBytes]
@@ -99,7 +99,7 @@ def find(argv: Sequence[str], world_size: int, ranks_per_node: int) -> Findings:
             model_parameters=sum(parameter.numel() for parameter in rehearsal.model.parameters()),
             held=rehearsal.held(),
             unit=largest_unit(rehearsal.model, TORCH_DTYPE_MAP[training.mixed_precision_param]),
-            rows={load: Routes(rehearsal.limits, load).rows_received for load in LOADS},
+            rows={load: RehearsedRoutes(rehearsal.limits, load).rows_received for load in LOADS},
             microbatches=microbatches,
             axes=rehearsal.axes(ranks_per_node),
             sent=sent,

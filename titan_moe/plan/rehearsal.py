@@ -29,7 +29,7 @@ from titan_moe.layer.dispatch.base import DispatchLimits
 from titan_moe.layer.moe import MoE
 from titan_moe.plan.attention import plan_attention, planned
 from titan_moe.plan.memory import Alive, Held, held
-from titan_moe.plan.routes import Load, Routes
+from titan_moe.plan.routes import Load, RehearsedRoutes
 from titan_moe.plan.wire import Call, Wire
 
 
@@ -42,7 +42,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Microbatch:
+class MicrobatchCost:
     """One forward and backward, gradients already there where several accumulate.
 
     Attributes:
@@ -113,7 +113,7 @@ class Rehearsal:
         whole = training.global_batch_size
         return 1 if whole < 0 else whole // (training.local_batch_size * batch)
 
-    def microbatch(self, load: Load) -> Microbatch:
+    def microbatch(self, load: Load) -> MicrobatchCost:
         """Forward and backward, the last of several where gradients accumulate.
 
         A run's first one is left out. In it torchtitan's chunked loss changes what FSDP keeps of the head,
@@ -121,7 +121,7 @@ class Rehearsal:
         """
         self.optimizers.zero_grad()
         wire, alive = Wire(self._axis_of_group()), Alive()
-        with self.fake, Routes(self.limits, load), wire, alive:
+        with self.fake, RehearsedRoutes(self.limits, load), wire, alive:
             if not self.warm:
                 self._forward_backward(alive)
                 self.optimizers.zero_grad()
@@ -131,7 +131,7 @@ class Rehearsal:
             wire.sent.clear()
             alive.reset_peak()
             after_forward = self._forward_backward(alive)
-            return Microbatch(after_forward, alive.peak, wire.sent)
+            return MicrobatchCost(after_forward, alive.peak, wire.sent)
 
     def optimizer_step(self) -> Counter[Call]:
         """Clipping, load balancing and the step itself; afterwards there is optimizer state."""

@@ -12,7 +12,7 @@ from titan_moe.layer.dispatch.uniform import ranks_per_token
 Load = Literal["balanced", "worst"]
 
 
-class Routes:
+class RehearsedRoutes:
     """Rows to and from each EP rank: what ``FakeTensor.tolist`` answers while this is entered.
 
     ``balanced``: each rank sends, and gets, the same. ``worst``: every token of the EP group takes as many of
@@ -46,7 +46,7 @@ class Routes:
         """R: what the local experts compute on."""
         return sum(self.rows[1])
 
-    def __enter__(self) -> "Routes":
+    def __enter__(self) -> "RehearsedRoutes":
         self._plain = FakeTensor.tolist
         setattr(FakeTensor, "tolist", lambda counts: self._answer(counts))  # noqa: B010
         return self

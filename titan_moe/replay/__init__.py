@@ -1,1 +1,1 @@
-"""Routes that are recorded, replayed and pinned, addressed by key. docs/replay.md."""
+"""ReplaySession that are recorded, replayed and pinned, addressed by key. docs/replay.md."""

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from titan_moe.layer.dispatch.base import Routing
-from titan_moe.layer.router import Choice, Query
+from titan_moe.layer.router import Query, Selection
 from titan_moe.replay.ids import MISSING
 from titan_moe.replay.regions import unseen_by_selective_ac
-from titan_moe.replay.slots import Microbatch, Slot
+from titan_moe.replay.selectors import Microbatch, ReplaySelector
 from titan_moe.replay.together import Together
 
 NEAR_TIE = 1e-3  # of the router's scores: a flip at a smaller margin between K-th and next is rounding
@@ -55,12 +55,17 @@ class Gates(NamedTuple):
 
 
 class ReplayCheck:
-    """Watches the slots (as an observer) and the doors of the dispatchers (by hooks)."""
+    """Watches the selectors (as an observer) and the doors of the dispatchers (by hooks)."""
 
     def __init__(
-        self, model_parts: list[nn.Module], slots: list[Slot], gates: Gates, folder: Path, together: Together
+        self,
+        model_parts: list[nn.Module],
+        selectors: list[ReplaySelector],
+        gates: Gates,
+        folder: Path,
+        together: Together,
     ) -> None:
-        self.slots = {slot.layer: slot for slot in slots}
+        self.selectors = {selector.layer: selector for selector in selectors}
         self.gates, self.together, self.file = gates, together, folder / "replay_evidence.jsonl"
         self._file_is_ours = False
         self._sums: dict[str, torch.Tensor] = {}
@@ -71,28 +76,30 @@ class ReplayCheck:
         for part in model_parts:
             for module in part.modules():
                 layer: Any = module
-                slot = getattr(getattr(layer, "router", None), "source", None)
-                if isinstance(slot, Slot) and slot.layer in self.slots:
-                    layer.routed_experts.register_forward_pre_hook(partial(self._at_the_door, slot))
+                selector = getattr(getattr(layer, "router", None), "selector", None)
+                if isinstance(selector, ReplaySelector) and selector.layer in self.selectors:
+                    layer.routed_experts.register_forward_pre_hook(partial(self._at_the_door, selector))
 
     @torch.no_grad()
-    def chosen(self, slot: Slot, microbatch: Microbatch, choice: Choice, query: Query) -> None:
+    def selected(
+        self, selector: ReplaySelector, microbatch: Microbatch, selection: Selection, query: Query
+    ) -> None:
         """The *aligned* claim of one forward."""
-        origin = choice.origin
-        if origin.installed_TK is None or slot.layer not in self.slots:
+        origin = selection.origin
+        if origin.installed_TK is None or selector.layer not in self.selectors:
             return
         live_TK, ranking_TE = query.live(), query.ranking()
         num_experts, top_k = ranking_TE.shape[1], live_TK.shape[1]
         present_TK = origin.installed_TK != MISSING
         there_T = present_TK.any(1) if origin.load_T is None else present_TK.any(1) & origin.load_T
         live_TE = torch.zeros_like(ranking_TE, dtype=torch.bool).scatter_(1, live_TK, True)
-        shared_T = (live_TE.gather(1, choice.ids_TK) & present_TK).sum(1)
+        shared_T = (live_TE.gather(1, selection.ids_TK) & present_TK).sum(1)
         picks_T = present_TK.sum(1)
         best = ranking_TE.topk(min(top_k + 1, num_experts), dim=1).values
         margin_T = best[:, top_k - 1] - best[:, -1] if num_experts > top_k else best[:, 0] * 0 + torch.inf
         flipped_T, none_T = there_T & (shared_T < picks_T), there_T & (shared_T == 0)
         self._add(
-            slot.layer,
+            selector.layer,
             tokens=torch.ones_like(picks_T).sum(),
             padding=picks_T.new_zeros(()) if origin.load_T is None else (~origin.load_T).sum(),
             filled=(~present_TK).sum(),
@@ -105,25 +112,25 @@ class ReplayCheck:
             suspicious_flips=(flipped_T & ~(margin_T < NEAR_TIE)).sum(),
             installed_hash=_hash(origin.installed_TK, present_TK),
         )
-        self._remember_first(slot.layer, none_T, origin.tokens_T)
+        self._remember_first(selector.layer, none_T, origin.tokens_T)
 
     @torch.no_grad()
-    def _at_the_door(self, slot: Slot, _module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _at_the_door(self, selector: ReplaySelector, _module: nn.Module, args: tuple[Any, ...]) -> None:
         """The *used* claim, where the router has no say any more."""
         with unseen_by_selective_ac():
-            self._used(slot, args[1])
+            self._used(selector, args[1])
 
-    def _used(self, slot: Slot, routing: Routing) -> None:
-        layer, origin = slot.layer, routing.origin
+    def _used(self, selector: ReplaySelector, routing: Routing) -> None:
+        layer, origin = selector.layer, routing.origin
         if origin is None or origin.installed_TK is None:
             # Eval and other live forwards may; one of a microbatch with ids may not.
-            self._calls["live"][layer] += int(slot.in_microbatch)
+            self._calls["live"][layer] += int(selector.in_microbatch)
             return
         ids_TK, present_TK = routing.topk_expert_ids_TK, origin.installed_TK != MISSING
         ids_N, counts_E = ids_TK.flatten(), routing.num_tokens_per_expert_E
         own_E = torch.zeros_like(counts_E).scatter_add_(0, ids_N, torch.ones_like(ids_N))
         other_TK = (ids_TK != origin.installed_TK) & present_TK
-        recomputes = slot.regions.recomputing
+        recomputes = selector.regions.recomputing
         used_hash = _hash(ids_TK, present_TK)
         self._add(
             layer,
@@ -218,7 +225,7 @@ class ReplayCheck:
         with self.file.open("a") as file:
             for rank, (tallies, calls, *_) in enumerate(ranks):
                 for layer, tally in tallies.items():
-                    line = _line(step, rank, self.slots[layer].shape, tally, calls[layer])
+                    line = _line(step, rank, self.selectors[layer].shape, tally, calls[layer])
                     file.write(json.dumps(line) + "\n")
 
     def _gate(self, layer: str, whole: Tally, first: int) -> list[str]:

@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-from titan_moe.layer.router import Choice
+from titan_moe.layer.router import Selection
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
@@ -26,7 +26,7 @@ class Region:
     """One checkpointed forward: what each router in it chose, call by call."""
 
     def __init__(self) -> None:
-        self.choices: dict[str, list[Choice]] = {}
+        self.choices: dict[str, list[Selection]] = {}
 
 
 class _Inside:
@@ -45,7 +45,7 @@ class _Inside:
         self.regions.stack.remove(self)
         return self.wrapped.__exit__(*error)
 
-    def take(self, name: str) -> Choice:
+    def take(self, name: str) -> Selection:
         """What the router chose in the forward, at the same call of this region."""
         call = self.calls[name]
         self.calls[name] += 1
@@ -99,27 +99,28 @@ class Regions:
             _Inside(self, region, recompute, recomputes=True),
         )
 
-    def choose(self, name: str, choose: Callable[[], Choice]) -> Choice:
+    def choose(self, name: str, choose: Callable[[], Selection]) -> Selection:
         """What a recomputation's forward chose, or ``choose()``, kept for recomputations to come."""
         stack = self.stack
         outermost = next((inside for inside in stack if inside.recomputes), None)
         if outermost is not None:
-            choice = outermost.take(name)
+            selection = outermost.take(name)
         else:
             with unseen_by_selective_ac() if stack else nullcontext():
-                choice = choose()
+                selection = choose()
         for inside in stack:
             if not inside.recomputes:
-                inside.region.choices.setdefault(name, []).append(choice)
-        return choice
+                inside.region.choices.setdefault(name, []).append(selection)
+        return selection
 
 
 @contextmanager
 def unseen_by_selective_ac() -> Iterator[None]:
     """Selective checkpointing hands saved results back by position, per operator.
 
-    A recomputation does not choose again, so what a choice computes in the forward must take no position, or
-    every later operator of the same kind gets another one's result. The same holds for a check's own sums.
+    A recomputation does not select again. So what the selection computes in the forward must take no
+    position, or every later operator of the same kind gets another one's result. The same holds for the sums
+    of a check.
     """
     with ExitStack() as popped:
         while isinstance(_get_current_dispatch_mode(), _CachingTorchDispatchMode | _CachedTorchDispatchMode):

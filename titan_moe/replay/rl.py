@@ -12,7 +12,7 @@ from torch import nn
 from titan_moe.replay.check import Gates, ReplayCheck
 from titan_moe.replay.ids import MISSING, ReplayDataError, ingest
 from titan_moe.replay.section import layer_number
-from titan_moe.replay.slots import Installed, Microbatch, Routes, slots_of
+from titan_moe.replay.selectors import Installed, Microbatch, ReplaySession, selectors_of
 from titan_moe.replay.together import Together
 
 
@@ -38,18 +38,20 @@ class RolloutReplay:
 
         ``check`` switches the check on; its evidence goes to ``evidence_folder``.
         """
-        self.slots = [slot for part in model_parts for slot in slots_of(part)]
-        if not self.slots:
-            raise ValueError("the model has no router of ours with a slot: parallelize it first, uncompiled")
+        self.selectors = [selector for part in model_parts for selector in selectors_of(part)]
+        if not self.selectors:
+            raise ValueError(
+                "the model has no router of ours that can replay: parallelize it first, uncompiled"
+            )
         self.model_parts, self.check = model_parts, None
         if check is not None and evidence_folder is None:
             raise ValueError("a check needs an evidence_folder")
         self.together = Together(group)
         if check is not None and evidence_folder is not None:
-            self.check = ReplayCheck(model_parts, self.slots, check, evidence_folder, self.together)
+            self.check = ReplayCheck(model_parts, self.selectors, check, evidence_folder, self.together)
         observers = (self.check,) if self.check is not None else ()
-        self.routes = Routes(
-            self.slots, fill=fill, fill_weight=fill_weight, ep_size=ep_size, observers=observers
+        self.session = ReplaySession(
+            self.selectors, fill=fill, fill_weight=fill_weight, ep_size=ep_size, observers=observers
         )
         self._microbatches = 0
 
@@ -79,7 +81,7 @@ class RolloutReplay:
             ReplayDataError: data that cannot be replayed; names sample, layer and token; on every rank, so
                 that none waits in a collective for one that has left.
         """
-        shapes = [slot.shape for slot in self.slots]
+        shapes = [selector.shape for selector in self.selectors]
         error, ids_PCK = None, torch.empty(0)
         try:
             if not isinstance(routed_experts, torch.Tensor) or routed_experts.dim() not in (3, 4):
@@ -97,7 +99,7 @@ class RolloutReplay:
         self.together.raise_together(error)
         installed = Installed(
             ids_PCK.to(device, non_blocking=True),
-            {(slot.layer, 0): column for column, slot in enumerate(self.slots)},
+            {(selector.layer, 0): column for column, selector in enumerate(self.selectors)},
             has_missing=bool((ids_PCK == MISSING).any()),
             valid_P=None if valid_BL is None else valid_BL.flatten().to(device, non_blocking=True),
         )
@@ -105,7 +107,7 @@ class RolloutReplay:
         microbatch = Microbatch(number=self._microbatches, tokens_P=tokens_P, installed=installed)
         self._microbatches += 1
         try:
-            with self.routes.microbatch(microbatch):
+            with self.session.microbatch(microbatch):
                 yield
         except BaseException:
             self._microbatches = 0  # the step begins anew
@@ -118,18 +120,18 @@ class RolloutReplay:
         number, self._microbatches = self._microbatches, 0
         if self.check is None:
             return None
-        return self.check.end_step(step, [slot.layer for slot in self.slots], number)
+        return self.check.end_step(step, [selector.layer for selector in self.selectors], number)
 
     def _columns(self, there: int) -> list[int]:
         """One per MoE layer, or one per decoder layer of a model that is here as a whole."""
-        numbers = [layer_number(slot.layer) for slot in self.slots]
+        numbers = [layer_number(selector.layer) for selector in self.selectors]
         decoder = [int(key) for part in self.model_parts for key in getattr(part, "layers", {})]
-        if there == len(self.slots):
+        if there == len(self.selectors):
             return list(range(there))
         if sorted(decoder) != list(range(there)) or None in numbers:
             raise ReplayDataError(
-                f"routed_experts has {there} layers, the model has {len(self.slots)} MoE layers "
-                f"({self.slots[0].layer} to {self.slots[-1].layer}) and {len(decoder)} decoder layers; say "
-                "with columns which entry is whose"
+                f"routed_experts has {there} layers, the model has {len(self.selectors)} MoE layers "
+                f"({self.selectors[0].layer} to {self.selectors[-1].layer}) and {len(decoder)} decoder "
+                "layers; say with columns which entry is whose"
             )
         return [number for number in numbers if number is not None]

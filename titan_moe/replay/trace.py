@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from titan_moe.layer.router import Choice, Query
+from titan_moe.layer.router import Query, Selection
 from titan_moe.replay.ids import MISSING, LayerShape, ReplayDataError, check_layer, narrowest_dtype
-from titan_moe.replay.slots import Microbatch, Slot
+from titan_moe.replay.selectors import Microbatch, ReplaySelector
 
 FORMAT = 1
 _UNWRITTEN = -2  # no rank recorded the token; MISSING is an id that is to be filled
@@ -43,7 +43,7 @@ class Header:
 
     @staticmethod
     def layers_of(shapes: Iterable[LayerShape]) -> dict[str, list[int]]:
-        """``layers`` of these slots."""
+        """``layers`` of these selectors."""
         return {shape.name: [shape.num_experts, shape.top_k] for shape in shapes}
 
 
@@ -85,15 +85,20 @@ class TraceWriter:
         steps = [step for step in old["steps"] if step < header.first_step]
         self.manifest |= {"steps": steps, "weights": old["weights"], "first_step": old["first_step"]}
 
-    def chosen(self, slot: Slot, microbatch: Microbatch, choice: Choice, query: Query) -> None:
+    def selected(
+        self, selector: ReplaySelector, microbatch: Microbatch, selection: Selection, query: Query
+    ) -> None:
         """Takes a copy."""
-        if self.replica or slot.layer not in self.layers:
+        if self.replica or selector.layer not in self.layers:
             return
         assert query.layout is not None, "MoE gives its router a layout"
-        call = microbatch.calls[slot.layer] - 1
-        ids_TK = choice.ids_TK.to(narrowest_dtype(slot.shape.num_experts))
+        call = microbatch.calls[selector.layer] - 1
+        ids_TK = selection.ids_TK.to(narrowest_dtype(selector.shape.num_experts))
         tokens_T = microbatch.tokens_P.index_select(0, query.layout.global_token_indices(ids_TK.device))
-        for name, tensor in ((f"{slot.layer}#{call}", ids_TK), (f"{slot.layer}#{call}.tokens", tokens_T)):
+        for name, tensor in (
+            (f"{selector.layer}#{call}", ids_TK),
+            (f"{selector.layer}#{call}.tokens", tokens_T),
+        ):
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._parts.setdefault(name, []).append(copy.copy_(tensor, non_blocking=True))
 

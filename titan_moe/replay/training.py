@@ -15,7 +15,14 @@ from titan_moe.layer.names import plain_name
 from titan_moe.replay.check import Gates, ReplayCheck, ReplayCheckError
 from titan_moe.replay.ids import LayerShape, ReplayDataError
 from titan_moe.replay.section import RoutingReplay
-from titan_moe.replay.slots import Installed, Microbatch, Observer, Routes, Slot, slots_of
+from titan_moe.replay.selectors import (
+    Installed,
+    Microbatch,
+    Observer,
+    ReplaySelector,
+    ReplaySession,
+    selectors_of,
+)
 from titan_moe.replay.together import Together
 from titan_moe.replay.trace import Header, TracedStep, TraceReader, TraceWriter, digests
 
@@ -56,18 +63,20 @@ class TrainingReplay:
         dump_folder: str,
         observers: tuple[Observer, ...] = (),
     ) -> None:
-        """``model`` is a name that a trace and its replay must share; ``observers`` see every choice."""
+        """``model`` is a name that a trace and its replay must share; ``observers`` see every selection."""
         self.section, self.place, self.model_parts, self.model = section, place, model_parts, model
         self.folder = Path(section.path or Path(dump_folder) / "routing_trace")
-        slots = [slot for part in model_parts for slot in slots_of(part)]
-        self.slots: list[Slot] = [slot for slot in slots if section.chosen(slot.layer)]
+        selectors = [selector for part in model_parts for selector in selectors_of(part)]
+        self.selectors: list[ReplaySelector] = [
+            selector for selector in selectors if section.chosen(selector.layer)
+        ]
         self.together = Together()
         self.check: ReplayCheck | None = None
         if section.check:
             gates = Gates(section.check_max_zero_overlap, section.check_min_mean_overlap)
-            self.check = ReplayCheck(model_parts, self.slots, gates, Path(dump_folder), self.together)
-        self.routes = Routes(
-            slots,
+            self.check = ReplayCheck(model_parts, self.selectors, gates, Path(dump_folder), self.together)
+        self.session = ReplaySession(
+            selectors,
             fill=section.fill,
             fill_weight=section.fill_weight,
             ep_size=place.ep_size,
@@ -89,7 +98,7 @@ class TrainingReplay:
         if self.writer is not None:
             self.writer.end_step(step)
         if self.check is not None:
-            layers = [slot.layer for slot in self.slots]
+            layers = [selector.layer for selector in self.selectors]
             self.summary = self.check.end_step(step, layers, self.place.accumulation)
 
     def _begin(self, step: int) -> None:
@@ -123,7 +132,7 @@ class TrainingReplay:
         tokens_P = (sequences.unsqueeze(1) * self.place.seq_len + torch.arange(self.place.seq_len)).flatten()
         installed = None
         if self._step is not None:
-            wanted = {slot.layer for slot in self.slots}
+            wanted = {selector.layer for selector in self.selectors}
             columns = {key: column for key, column in self._step.columns.items() if key[0] in wanted}
             ids_PCK = self._step.ids_PCK.index_select(0, tokens_P).to(device, non_blocking=True)
             installed = Installed(ids_PCK, columns, has_missing=self._step.has_missing)
@@ -131,7 +140,7 @@ class TrainingReplay:
             self.writer.digests(sequences, self._digests[number])
         tokens_P = tokens_P.to(device, non_blocking=True)
         microbatch = Microbatch(number=number, tokens_P=tokens_P, installed=installed)
-        with self.routes.microbatch(microbatch):
+        with self.session.microbatch(microbatch):
             yield microbatch
 
     def _check_texts(self) -> None:
@@ -153,7 +162,7 @@ class TrainingReplay:
             self.writer.close()
 
     def _open(self, step: int) -> None:
-        shapes: list[LayerShape] = [slot.shape for slot in self.slots]
+        shapes: list[LayerShape] = [selector.shape for selector in self.selectors]
         header = Header(
             model=self.model,
             layers=Header.layers_of(shapes),
@@ -174,7 +183,7 @@ class TrainingReplay:
             mesh=self.place.mesh,
             replica=self.place.replica,
         )
-        self.routes.observers = (*self.routes.observers, self.writer)
+        self.session.observers = (*self.session.observers, self.writer)
 
 
 def fingerprint(model_parts: list[nn.Module]) -> str:

@@ -18,7 +18,7 @@ from titan_moe.models.hugging_face.config_json import HuggingFaceError
 from titan_moe.models.hugging_face.export import describe, export
 from titan_moe.models.hugging_face.folder import EXPERT_BIAS, Folder
 from titan_moe.trainer.config import ConfigError, toml
-from titan_moe.trainer.config.build import Plan, build
+from titan_moe.trainer.config.build import TypedConfig, build
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _INDEX = "model.safetensors.index.json"
@@ -83,13 +83,13 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> str:
 _COMMANDS = {"export": _export, "describe": _describe, "check": _check}
 
 
-def _run(run: Path) -> tuple[Plan, HuggingFaceAdapter]:
+def _run(run: Path) -> tuple[TypedConfig, HuggingFaceAdapter]:
     if not (run / "resolved.toml").is_file():
         raise HuggingFaceError(f"{run} holds no resolved.toml; name the dump folder of a run")
     return _plan([str(run / "resolved.toml")])
 
 
-def _plan(argv: list[str]) -> tuple[Plan, HuggingFaceAdapter]:
+def _plan(argv: list[str]) -> tuple[TypedConfig, HuggingFaceAdapter]:
     """A typed configuration, without the rules that count ranks; and its model's adapter."""
     plan = build(toml.read(argv))
     adapter: Any = plan.spec.state_dict_adapter

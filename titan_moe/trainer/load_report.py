@@ -7,7 +7,7 @@ from titan_moe.layer.load_balance import LoadBalancer
 
 
 def load_report(balancer: LoadBalancer) -> dict[str, dict[str, float]]:
-    """Per layer: max / mean load, coefficient of variation, experts without a token. One host sync per layer."""
+    """Per layer: max / mean load, coefficient of variation, experts without a token. Host sync."""
     return {fqn: load_statistics(load_E.tolist()) for fqn, load_E in balancer.last_load.items()}
 
 

@@ -11,7 +11,7 @@ from torchtitan.config import Configurable
 from titan_moe.layer.layout import TokenLayout
 
 
-class Source(NamedTuple):
+class RowSource(NamedTuple):
     """What rows were gathered from: row r is ``rows_TD[index_R[r]]``, and token t's rows are ``place_TK[t]``.
 
     Kept for backward in place of the rows, and given their gradient, summed over K. present_TK: bool, which
@@ -31,7 +31,7 @@ class DispatchMetadata(TokenLayout):
     It is frozen, so that several forwards may be in flight, and a recomputation has a receipt of its own.
     """
 
-    source: Source | None = None  # of the rows that dispatch made; None where it kept nothing smaller
+    source: RowSource | None = None  # of the rows that dispatch made; None where it kept nothing smaller
 
     @classmethod
     def extend(cls, layout: TokenLayout, **receipt: Any) -> Self:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from titan_moe.layer.dispatch.base import Source
+from titan_moe.layer.dispatch.base import RowSource
 from titan_moe.layer.kernels import ops as kernels
 
 
@@ -39,9 +39,9 @@ class Slots(NamedTuple):
         present_N1 = None if present_TK is None else present_TK.view(-1, 1)
         return Slots(self.order_N, self.place_TK.view(-1, 1), present_N1)
 
-    def source(self, rows_TD: torch.Tensor) -> Source:
+    def source(self, rows_TD: torch.Tensor) -> RowSource:
         """Of the rows that ``gather_rows`` makes."""
-        return Source(rows_TD, self.token_N, self.place_TK, self.present_TK)
+        return RowSource(rows_TD, self.token_N, self.place_TK, self.present_TK)
 
 
 def slots_by_key(

@@ -20,7 +20,7 @@ from titan_moe.trainer.config import explain
 from titan_moe.trainer.config.coerce import Mismatch, coerce, literal
 from titan_moe.trainer.config.errors import ConfigError, nearest
 from titan_moe.trainer.config.sections import (
-    CHOICES,
+    ALTERNATIVES,
     OUR_DEFAULTS,
     ModelSection,
     MoESection,
@@ -33,7 +33,7 @@ from titan_moe.trainer.config.toml import COMMAND_LINE, Given, Settings, Text, l
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TypedConfig:
     """A file as dataclasses: torchtitan's, with ``model_spec`` set, and our sections."""
 
     trainer: Trainer.Config
@@ -54,7 +54,7 @@ def moe_layers(spec: ModelSpec) -> list[tuple[str, upstream.MoE.Config]]:
     return [(fqn, config) for fqn, config, _, _ in layers]
 
 
-def build(settings: Settings) -> Plan:
+def build(settings: Settings) -> TypedConfig:
     """``settings`` typed and complete. Rules across sections come after (``rules.check``).
 
     Raises:
@@ -68,7 +68,7 @@ class _Builder:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def build(self) -> Plan:
+    def build(self) -> TypedConfig:
         values = dict(self.settings.values)
         moe_table = values.get("moe", {})
         backends = {}
@@ -83,7 +83,7 @@ class _Builder:
         if not replay.recompute_pin and replay.mode == "off" and model.moe == "titan_moe":
             spec.parallelize_fn = partial(parallelize, recompute_pin=False)
         trainer = self._construct("", Trainer.Config, None, kwargs | {"model_spec": spec})
-        return Plan(trainer=trainer, model=model, moe=moe, routing_replay=replay, numerics=numerics)
+        return TypedConfig(trainer=trainer, model=model, moe=moe, routing_replay=replay, numerics=numerics)
 
     def _spec(self, model: ModelSection, moe: MoESection, backends: dict[str, Any]) -> ModelSpec:
         options = {}
@@ -147,8 +147,8 @@ class _Builder:
             self._fail(path, "is a table; set one of its keys", table)
         extra = {}
         cls = default if isinstance(default, type) else type(default)
-        if path in CHOICES:
-            choice = CHOICES[path]
+        if path in ALTERNATIVES:
+            choice = ALTERNATIVES[path]
             name = self._option(path, table)
             table = {key: value for key, value in table.items() if key != choice.key}
             cls = choice.options[name]
@@ -162,7 +162,7 @@ class _Builder:
         return self._construct(path, cls, base, self._kwargs(path, table, cls, hidden=set(extra)) | extra)
 
     def _option(self, path: str, table: dict[str, Any]) -> str:
-        choice = CHOICES[path]
+        choice = ALTERNATIVES[path]
         given = table.get(choice.key)
         if given is not None:
             one_of: Any = Literal
@@ -184,7 +184,7 @@ class _Builder:
         for name, key in keys.items():
             inner = f"{path}.{name}" if path else name
             nested = key.hint if dataclasses.is_dataclass(key.hint) else None
-            if inner in CHOICES or dataclasses.is_dataclass(key.default) or nested:
+            if inner in ALTERNATIVES or dataclasses.is_dataclass(key.default) or nested:
                 default = nested if key.default is MISSING else key.default
                 kwargs[name] = self._table(inner, table.get(name, {}), default)
             elif name in table:
@@ -242,8 +242,8 @@ class _Builder:
         if not path:
             self._fail(name, explain.unknown_at_top(name, table[name], known), leaf)
         inner, variant = f"{path}.{name}", ""
-        if path in CHOICES:
-            variant = f" with {CHOICES[path].key} = {self._option(path, self.settings.table(path))!r}"
+        if path in ALTERNATIVES:
+            variant = f" with {ALTERNATIVES[path].key} = {self._option(path, self.settings.table(path))!r}"
         if path == "moe" and isinstance(table[name], dict):
             there = ", ".join(dispatch.DISPATCHERS)
             close = nearest(name, dispatch.DISPATCHERS)

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from titan_moe.trainer.config.errors import nearest
-from titan_moe.trainer.config.sections import CHOICES, every_key, keys_of
+from titan_moe.trainer.config.sections import ALTERNATIVES, every_key, keys_of
 from titan_moe.trainer.config.toml import Given, Settings, Text, leaves
 
 
@@ -14,8 +14,8 @@ def key_hint(path: str, name: str, known: Any) -> str:
     if close:
         return close
     exact = [section for section, key in every_key() if key == name]
-    if path in exact and path in CHOICES:
-        choice = CHOICES[path]
+    if path in exact and path in ALTERNATIVES:
+        choice = ALTERNATIVES[path]
         fitting = [o for o, cls in choice.options.items() if cls is not None and name in keys_of(cls)]
         return f"; it belongs to {choice.key} = {' or '.join(map(repr, fitting))}"
     elsewhere = sorted({f"{section}.{name}" if section else name for section in exact})

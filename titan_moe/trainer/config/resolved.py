@@ -7,11 +7,11 @@ from typing import Any
 from torchtitan.trainer import Trainer
 
 from titan_moe.layer.dispatch.base import TokenDispatcher
-from titan_moe.trainer.config.build import Plan, moe_layers
-from titan_moe.trainer.config.sections import CHOICES, OptimizerSection, keys_of
+from titan_moe.trainer.config.build import TypedConfig, moe_layers
+from titan_moe.trainer.config.sections import ALTERNATIVES, OptimizerSection, keys_of
 
 
-def resolve(plan: Plan) -> dict[str, Any]:
+def resolve(plan: TypedConfig) -> dict[str, Any]:
     """The nested dict that, written as TOML and loaded again, gives the same one.
 
     None, which TOML lacks, is the string ``"none"``.
@@ -28,7 +28,7 @@ def resolve(plan: Plan) -> dict[str, Any]:
     return resolved
 
 
-def _moe(plan: Plan) -> dict[str, Any]:
+def _moe(plan: TypedConfig) -> dict[str, Any]:
     table = {"dispatcher": plan.moe.dispatcher, "save": plan.moe.save}
     for _, layer in moe_layers(plan.spec):
         table["load_balance_coeff"] = _value("", layer.load_balance_coeff)
@@ -39,8 +39,8 @@ def _moe(plan: Plan) -> dict[str, Any]:
 
 
 def _value(path: str, value: Any) -> Any:
-    if path in CHOICES:
-        choice = CHOICES[path]
+    if path in ALTERNATIVES:
+        choice = ALTERNATIVES[path]
         return {choice.key: choice.name_of(value), **({} if value is None else _table(path, value))}
     if value is None:
         return "none"

@@ -27,7 +27,7 @@ from titan_moe.trainer.data import TOKENIZER_DIR, TextDataLoader
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Alternatives:
     """A section whose keys depend on one of them.
 
     Attributes:
@@ -45,7 +45,7 @@ class Choice:
         return next(name for name, cls in self.options.items() if cls is (config and type(config)))
 
 
-_DATALOADER = Choice(
+_DATALOADER = Alternatives(
     key="source",
     options={
         "stdlib": TextDataLoader.Config,
@@ -56,8 +56,8 @@ _DATALOADER = Choice(
 
 # Not offered: MSELoss, BaseLoss (not language modelling); dataloaders that need a Python callable;
 # torch_checkpointing's manager (torchtitan 0.3.0 ships it without load and save).
-CHOICES: dict[str, Choice] = {
-    "activation_checkpoint": Choice(
+ALTERNATIVES: dict[str, Alternatives] = {
+    "activation_checkpoint": Alternatives(
         key="mode",
         options={
             "none": None,
@@ -68,7 +68,7 @@ CHOICES: dict[str, Choice] = {
     ),
     "dataloader": _DATALOADER,
     "validator.dataloader": _DATALOADER,
-    "loss": Choice(
+    "loss": Alternatives(
         key="name",
         options={
             "cross_entropy": CrossEntropyLoss.Config,
@@ -228,9 +228,9 @@ def every_key(cls: type = Root, path: str = "") -> Iterator[tuple[str, str]]:
     """(section path, key) of everything there is, all variants included. For hints and docs."""
     for name, key in keys_of(cls).items():
         inner = f"{path}.{name}" if path else name
-        if inner in CHOICES:
-            yield inner, CHOICES[inner].key
-            for option in {option for option in CHOICES[inner].options.values() if option is not None}:
+        if inner in ALTERNATIVES:
+            yield inner, ALTERNATIVES[inner].key
+            for option in {option for option in ALTERNATIVES[inner].options.values() if option is not None}:
                 yield from every_key(option, inner)
         elif dataclasses.is_dataclass(key.default) or dataclasses.is_dataclass(key.hint):
             yield from every_key(

@@ -84,13 +84,13 @@ class LibraryMetadata(DispatchMetadata):
     scores_UK: torch.Tensor
 
 
-class InFlight(NamedTuple):
+class SumsInFlight(NamedTuple):
     """Padded sums that the library's stream still works on, until ``event`` is waited for.
 
     ``z_UD`` is kept so that its memory is not given away before that.
     """
 
-    out_PD: torch.Tensor
+    out_QD: torch.Tensor
     event: Any
     z_UD: torch.Tensor
 
@@ -148,16 +148,16 @@ class Library:
         )
         return Dispatched(gather_rows(x_UD, experts), counts_e, metadata)
 
-    def start_combine(self, y_RD: torch.Tensor, metadata: LibraryMetadata) -> InFlight:
-        """(R, D) to the padded (P, D) sums, in flight."""
+    def start_combine(self, y_RD: torch.Tensor, metadata: LibraryMetadata) -> SumsInFlight:
+        """(R, D) to the padded (Q, D) sums, in flight."""
         z_UD = weighted_sum(y_RD, metadata.scores_UK, metadata.experts)
-        out_PD, event = _Back.apply(z_UD, metadata.handle, _BUFFERS[self.group].buffer)
-        return InFlight(out_PD, event, z_UD)
+        out_QD, event = _Back.apply(z_UD, metadata.handle, _BUFFERS[self.group].buffer)
+        return SumsInFlight(out_QD, event, z_UD)
 
-    def finish_combine(self, in_flight: InFlight, metadata: LibraryMetadata) -> torch.Tensor:
+    def finish_combine(self, in_flight: SumsInFlight, metadata: LibraryMetadata) -> torch.Tensor:
         """(T, D), ready for the current stream."""
         in_flight.event.current_stream_wait()
-        return in_flight.out_PD[: metadata.num_local_tokens]
+        return in_flight.out_QD[: metadata.num_local_tokens]
 
     def traffic(self, metadata: LibraryMetadata, itemsize: int) -> Traffic:
         """The rows that arrived: over all ranks, those sent. With each, K int64 ids and fp32 scores."""
@@ -226,8 +226,8 @@ class _Back(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z_UD: torch.Tensor, handle: Any, buffer: Any) -> tuple[torch.Tensor, Any]:
         ctx.buffer, ctx.handle = buffer, handle
-        out_PD, _, event = buffer.combine(z_UD.contiguous(), handle, async_with_compute_stream=True)
-        return out_PD, event
+        out_QD, _, event = buffer.combine(z_UD.contiguous(), handle, async_with_compute_stream=True)
+        return out_QD, event
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None, None]:

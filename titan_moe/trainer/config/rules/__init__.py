@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from titan_moe.trainer.config.build import Plan
+from titan_moe.trainer.config.build import TypedConfig
 from titan_moe.trainer.config.errors import ConfigError
 from titan_moe.trainer.config.rules import experts, mesh, numerics, replay, run, stock
 from titan_moe.trainer.config.rules.facts import Broken, Facts
@@ -20,7 +20,7 @@ RULES: tuple[Callable[[Facts], None], ...] = (
 )
 
 
-def check(plan: Plan, *, world_size: int, settings: Settings) -> None:
+def check(plan: TypedConfig, *, world_size: int, settings: Settings) -> None:
     """Applies every rule.
 
     Raises:

@@ -12,7 +12,7 @@ from torchtitan.trainer import Trainer
 
 from titan_moe.layer import dispatch
 from titan_moe.layer.dispatch.base import TokenDispatcher
-from titan_moe.trainer.config.build import Plan, moe_layers
+from titan_moe.trainer.config.build import TypedConfig, moe_layers
 
 
 class Broken(Exception):
@@ -23,7 +23,7 @@ class Broken(Exception):
 class Facts:
     """A built configuration and how many ranks will run it."""
 
-    plan: Plan
+    plan: TypedConfig
     world_size: int
 
     @property

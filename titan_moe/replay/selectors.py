@@ -1,7 +1,7 @@
-"""One slot per router: where it gets its experts from, by layer name, microbatch and call.
+"""One selector per router: it says which experts are used, by layer name, microbatch and call.
 
-Bound by a walk over the live model. A slot keeps nothing: what belongs to a microbatch is in the Microbatch,
-what belongs to a checkpointed forward in its Region.
+They are bound by a walk over the live model. A selector keeps nothing: what belongs to a microbatch is in the
+Microbatch, what belongs to a checkpointed forward is in its Region.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from torch import nn
 from titan_moe.layer.layout import TokenLayout
 from titan_moe.layer.names import plain_name
 from titan_moe.layer.recomputation import is_recomputing
-from titan_moe.layer.router import Choice, Query, TokenChoiceTopKRouter
+from titan_moe.layer.router import Query, Selection, TokenChoiceTopKRouter
 from titan_moe.replay.ids import LayerShape, balanced_ranking, fill_missing
 from titan_moe.replay.regions import Regions
 
@@ -27,7 +27,7 @@ class Installed(NamedTuple):
     Attributes:
         ids_PCK: ``(B * L, columns, K)`` on the routers' device, MISSING where there is none.
         columns: which column is whose: by (layer, call).
-        has_missing: whether any is MISSING; told, so that nobody has to look.
+        has_missing: whether any is MISSING; passed in, because looking would cost a device sync.
         valid_P: bool, False for padding; None: no padding.
     """
 
@@ -54,7 +54,7 @@ class Microbatch:
 
 
 class Origin(NamedTuple):
-    """Which invocation a choice belongs to, and what was installed for it; all None where it is live.
+    """Which invocation a selection belongs to, and what was installed for it; all None where it is live.
 
     Attributes:
         installed_TK: in the installed dtype, a tensor of its own: what happens to the chosen ids does not
@@ -72,62 +72,64 @@ class Origin(NamedTuple):
 
 
 class Observer(Protocol):
-    """Sees every choice of a microbatch's forwards; a recorder or a check."""
+    """Sees every selection of a microbatch's forwards; a recorder or a check."""
 
-    def chosen(self, slot: "Slot", microbatch: Microbatch, choice: Choice, query: Query) -> None:
-        """Called once per router call, not in recomputations."""
+    def selected(
+        self, selector: "ReplaySelector", microbatch: Microbatch, selection: Selection, query: Query
+    ) -> None:
+        """It is called once per router call, and not in recomputations."""
 
 
-class Slot:
-    """A router's source of experts."""
+class ReplaySelector:
+    """Selects a router's experts: those of a recorded forward, replayed ones, or the router's own."""
 
     def __init__(self, layer: str, router: TokenChoiceTopKRouter, regions: Regions) -> None:
         self.layer, self.regions = layer, regions
         self.shape = LayerShape(layer, router.config.num_experts, router.config.top_k)
-        self.routes: Routes | None = None
-        router.source = self
+        self.session: ReplaySession | None = None
+        router.selector = self
 
     @property
     def in_microbatch(self) -> bool:
         """Whether ids are to be replayed in a forward now."""
-        return self.routes is not None and self.routes.active
+        return self.session is not None and self.session.active
 
-    def __call__(self, query: Query) -> Choice:
-        """The choice of a recomputation's forward; else a replayed one; else the router's own."""
+    def __call__(self, query: Query) -> Selection:
+        """The selection of a recomputation's forward; else a replayed one; else the router's own."""
         return self.regions.choose(self.layer, lambda: self._choose(query))
 
-    def _choose(self, query: Query) -> Choice:
-        return Choice(query.live()) if self.routes is None else self.routes.choose(self, query)
+    def _choose(self, query: Query) -> Selection:
+        return Selection(query.live()) if self.session is None else self.session.choose(self, query)
 
 
-def bind_slots(model: nn.Module, regions: Regions) -> list[Slot]:
-    """A slot for every router of ``model``, in the order of its layers."""
+def bind_selectors(model: nn.Module, regions: Regions) -> list[ReplaySelector]:
+    """Gives every router of ``model`` a selector; returns them in the order of its layers."""
     return [
-        Slot(plain_name(name).removesuffix(".router"), module, regions)
+        ReplaySelector(plain_name(name).removesuffix(".router"), module, regions)
         for name, module in model.named_modules()
         if isinstance(module, TokenChoiceTopKRouter)
     ]
 
 
-def slots_of(model: nn.Module) -> list[Slot]:
-    """The slots that are bound to ``model``."""
+def selectors_of(model: nn.Module) -> list[ReplaySelector]:
+    """The selectors that are bound to ``model``."""
     routers = [module for module in model.modules() if isinstance(module, TokenChoiceTopKRouter)]
-    return [router.source for router in routers if isinstance(router.source, Slot)]
+    return [router.selector for router in routers if isinstance(router.selector, ReplaySelector)]
 
 
-class Routes:
-    """What the slots of a model consult while a microbatch runs; outside of one they route live."""
+class ReplaySession:
+    """What the selectors of a model consult while a microbatch runs; outside of one, they route live."""
 
     def __init__(
         self,
-        slots: list[Slot],
+        selectors: list[ReplaySelector],
         *,
         fill: Literal["score", "balanced"] = "score",
         fill_weight: Literal["live", "zero"] = "live",
         ep_size: int = 1,
         observers: tuple[Observer, ...] = (),
     ) -> None:
-        self.slots = {slot.layer: slot for slot in slots}
+        self.selectors = {selector.layer: selector for selector in selectors}
         self.fill, self.fill_weight, self.ep_size = fill, fill_weight, ep_size
         self.observers = observers
         self._microbatch: Microbatch | None = None
@@ -139,49 +141,50 @@ class Routes:
 
     @contextmanager
     def microbatch(self, microbatch: Microbatch) -> Iterator[Microbatch]:
-        """Forwards in here belong to ``microbatch``; recomputations find their way from anywhere.
+        """Forwards in this context belong to ``microbatch``.
 
-        The model's slots stay with the Routes that were entered last.
+        A recomputation reuses its forward's ids even outside of this context. The model's selectors stay with
+        the session that was entered last.
         """
-        for slot in self.slots.values():
-            slot.routes = self
+        for selector in self.selectors.values():
+            selector.session = self
         before, self._microbatch = self._microbatch, microbatch
         try:
             yield microbatch
         finally:
             self._microbatch = before
 
-    def choose(self, slot: Slot, query: Query) -> Choice:
-        """A forward's choice."""
+    def choose(self, selector: ReplaySelector, query: Query) -> Selection:
+        """A forward's selection."""
         if is_recomputing():
             raise RuntimeError(
-                f"{slot.layer}: a recomputation outside of a region would route live; checkpoint with "
+                f"{selector.layer}: a recomputation outside of a region would route live; checkpoint with "
                 "torchtitan's activation_checkpoint (its debug off) or with Regions.contexts"
             )
         microbatch = self._microbatch
         if microbatch is None:
-            return Choice(query.live())
-        call = microbatch.calls[slot.layer]
-        microbatch.calls[slot.layer] += 1
+            return Selection(query.live())
+        call = microbatch.calls[selector.layer]
+        microbatch.calls[selector.layer] += 1
         installed = microbatch.installed
-        if installed is None or (slot.layer, 0) not in installed.columns:
-            choice = Choice(query.live(), origin=Origin(slot.layer, microbatch.number, call))
-        elif (slot.layer, call) in installed.columns:
-            choice = self._replayed(slot, microbatch, installed, call, query)
+        if installed is None or (selector.layer, 0) not in installed.columns:
+            selection = Selection(query.live(), origin=Origin(selector.layer, microbatch.number, call))
+        elif (selector.layer, call) in installed.columns:
+            selection = self._replayed(selector, microbatch, installed, call, query)
         else:
             raise RuntimeError(
-                f"{slot.layer}: call {call} in one microbatch, and ids are installed for {call}; give each "
-                "forward a microbatch of its own"
+                f"{selector.layer}: call {call} in one microbatch, and ids are installed for {call}; give "
+                "each forward a microbatch of its own"
             )
         for observer in self.observers:
-            observer.chosen(slot, microbatch, choice, query)
-        return choice
+            observer.selected(selector, microbatch, selection, query)
+        return selection
 
     def _replayed(
-        self, slot: Slot, microbatch: Microbatch, installed: Installed, call: int, query: Query
-    ) -> Choice:
-        places_T = places(slot.layer, query.layout, installed.ids_PCK)
-        column = installed.columns[slot.layer, call]
+        self, selector: ReplaySelector, microbatch: Microbatch, installed: Installed, call: int, query: Query
+    ) -> Selection:
+        places_T = places(selector.layer, query.layout, installed.ids_PCK)
+        column = installed.columns[selector.layer, call]
         installed_TK = installed.ids_PCK[:, column].index_select(0, places_T)
         tokens_T = microbatch.tokens_P.index_select(0, places_T)
         load_T = None if installed.valid_P is None else installed.valid_P.index_select(0, places_T)
@@ -189,14 +192,14 @@ class Routes:
         if installed.has_missing:
             ranking_TE = query.ranking()
             if self.fill == "balanced":
-                _, num_experts, top_k = slot.shape
+                _, num_experts, top_k = selector.shape
                 ranking_TE = balanced_ranking(tokens_T, num_experts, top_k, self.ep_size)
             ids_TK, filled_TK = fill_missing(ids_TK, ranking_TE)
-        return Choice(
+        return Selection(
             ids_TK,
             weightless_TK=filled_TK if self.fill_weight == "zero" else None,
             load_T=load_T,
-            origin=Origin(slot.layer, microbatch.number, call, installed_TK, tokens_T, filled_TK, load_T),
+            origin=Origin(selector.layer, microbatch.number, call, installed_TK, tokens_T, filled_TK, load_T),
         )
 
 
