@@ -14,12 +14,12 @@ from titan_moe.layer.layout import TokenLayout
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBorder:
-    """Placements on the TP axis at the border.
+    """The placements on the TP axis at the border of the local region.
 
     Attributes:
-        tokens: what the local region reads: ``Shard(1)``, or ``Replicate()`` when EP is off.
-        token_grads: what its backward hands back.
-        outputs: what each rank holds when the region is done.
+        tokens: of what the region reads: ``Shard(1)``, or ``Replicate()`` when EP is off.
+        token_grads: of what its backward hands back.
+        outputs: of what each rank has when the region is done.
     """
 
     tokens: Placement
@@ -27,7 +27,7 @@ class TokenBorder:
     outputs: Placement
 
     def enter(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
-        """``(T, D)`` local tokens and where they sit in the (B, L) grid.
+        """Returns the ``(T, D)`` local tokens, and where they lie in the (B, L) grid.
 
         Args:
             x_BLD: a plain tensor (no TP), or a DTensor on the TP mesh, ``Shard(1)`` or replicated; L
@@ -51,7 +51,7 @@ class TokenBorder:
         return local_BLD.reshape(-1, dim), layout
 
     def leave(self, out_TD: torch.Tensor, layout: TokenLayout, like: torch.Tensor) -> torch.Tensor:
-        """``out_TD`` as a tensor of ``like``'s kind and placements.
+        """Returns ``out_TD`` as a tensor of the kind and the placements of ``like``.
 
         The global shape is stated: DTensor would infer ``local * sp_size``, which is wrong for an
         uneven shard (pytorch/torchtitan#3577).

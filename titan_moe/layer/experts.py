@@ -39,12 +39,12 @@ class GroupedExperts(upstream.GroupedExperts):
     def forward(  # pyrefly: ignore[bad-override]  (one parameter more)
         self, x_RD: torch.Tensor, num_tokens_per_expert_e: torch.Tensor, source: RowSource | None = None
     ) -> torch.Tensor:
-        """``(R, D)`` in the order of the rows given.
+        """Returns ``(R, D)``, in the order of the rows given.
 
         Args:
             x_RD: expert-major rows without padding, in the dtype of the weights.
             num_tokens_per_expert_e: int64 rows per local expert, sums to R.
-            source: what x_RD was gathered from, if that is to be kept for backward instead.
+            source: what x_RD was gathered from, if that is to be kept for backward instead of x_RD.
         """
         offsets_e = num_tokens_per_expert_e.cumsum(0, dtype=torch.int32)
         w1_eFD, w2_eDF, w3_eFD = (_local(weight) for weight in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
@@ -76,11 +76,11 @@ def swiglu_experts(
     """``(R, D)``: ``w2[e] @ (silu(w1[e] @ x) * (w3[e] @ x))`` for the rows of each expert e.
 
     Args:
-        offsets_e: int32: the row behind each expert's last.
-        source: what x_RD was gathered from: kept in its place, gathered again in backward, and given the
-            gradient that would be x_RD's.
-        save: what else is kept. all: what the matmuls and the activation made. inputs: nothing; two of the
-            nine matmuls run again.
+        offsets_e: int32, the number of the row behind each expert's last one.
+        source: what x_RD was gathered from. It is kept in place of x_RD, gathered again in backward, and
+            given the gradient that x_RD would get.
+        save: what else is kept for backward. "all" keeps what the matmuls and the activation made. "inputs"
+            keeps nothing of it, and two of the nine matmuls run again.
     """
     origin = (None,) * len(RowSource._fields) if source is None else source
     if source is not None:

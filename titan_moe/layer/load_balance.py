@@ -27,7 +27,7 @@ def count_tokens(
 
 @torch.no_grad()
 def count_traffic(counters: torch.Tensor, traffic: Traffic, *, training: bool) -> None:
-    """Adds what a forward sends to the running sums, by the rule of ``count_tokens``.
+    """Adds what a forward sends to the running sums, when ``count_tokens`` would count it.
 
     Args:
         counters: int64, one per field of Traffic.
@@ -59,7 +59,7 @@ class LoadBalancer:
 
     @torch.no_grad()
     def step(self, *_: Any) -> None:
-        """The optimizer's pre-step hook. Collective over the data and TP axes of this stage."""
+        """The optimizer's hook before a step. It is collective over the data and TP axes of this stage."""
         if not self.layers:
             return
         counts_by_layer = [moe.tokens_per_expert_E for moe in self.layers.values()]

@@ -31,14 +31,14 @@ from titan_moe.layer.load_balance import count_tokens, count_traffic
 
 
 class InFlight(NamedTuple):
-    """The experts' results on their way to their tokens, until ``RoutedExperts.finish``."""
+    """The experts' results on their way back to their tokens; ``RoutedExperts.finish`` ends the way."""
 
     rows: Any  # what the dispatcher's start_combine returned
     receipt: DispatchMetadata
 
 
 class RoutedExperts(Module):
-    """Dispatch, experts, combine, on local tensors. In two halves, so that there is work to do in between."""
+    """Dispatch, experts and combine, on local tensors, in two halves: other work can be done in between."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(upstream.RoutedExperts.Config):
@@ -50,7 +50,7 @@ class RoutedExperts(Module):
         self.token_dispatcher = config.token_dispatcher.build()
 
     def forward(self, x_TD: torch.Tensor, routing: Routing, layout: TokenLayout) -> InFlight:
-        """Up to where the results are on their way back."""
+        """Runs the experts and starts the combine."""
         x_RD, num_tokens_per_expert_e, receipt = self.token_dispatcher.dispatch(x_TD, routing, layout)
         source = (receipt.source,) if isinstance(self.inner_experts, GroupedExperts) else ()
         y_RD = self.inner_experts(x_RD, num_tokens_per_expert_e, *source)
@@ -58,7 +58,7 @@ class RoutedExperts(Module):
         return InFlight(self.token_dispatcher.start_combine(y_RD, receipt), receipt)
 
     def finish(self, in_flight: InFlight) -> torch.Tensor:
-        """``(T, D)``: the weighted sum of each local token's experts, in x's dtype."""
+        """Returns ``(T, D)``: the weighted sum of each local token's experts, in the dtype of x."""
         return self.token_dispatcher.finish_combine(*in_flight)
 
 
@@ -76,7 +76,7 @@ class MoE(Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(upstream.MoE.Config):
-        """torchtitan 0.3.0's fields; the parts are ours."""
+        """It has torchtitan 0.3.0's fields; its parts are ours."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class MoE(Module):
         self._init_self_buffers()
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """``(B, L, D)`` of x's dtype, kind and placements.
+        """Returns ``(B, L, D)`` in the dtype of x, as a tensor of the same kind and placements.
 
         Args:
             x_BLD: a plain tensor, or a DTensor on the TP mesh: ``Shard(1)`` with SP, else replicated.

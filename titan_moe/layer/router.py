@@ -25,9 +25,9 @@ class Selection(NamedTuple):
 
     Attributes:
         ids_TK: int64, K different ids in [0, E) per row.
-        weightless_TK: bool, picks whose weight is 0 and gets no gradient; None: none.
-        load_T: bool, tokens that count as load; None: all.
-        origin: handed on in Routing.
+        weightless_TK: bool, True for picks whose weight is 0 and gets no gradient; None where there is none.
+        load_T: bool, True for tokens that count as load; None where all do.
+        origin: is handed on in Routing.
     """
 
     ids_TK: torch.Tensor

@@ -1,4 +1,4 @@
-"""By how much a token's experts were chosen."""
+"""The margin by which a token's experts were chosen."""
 
 from typing import Any, NamedTuple, Self
 
@@ -19,9 +19,10 @@ class Groups(NamedTuple):
 
 
 def margins(biased_TE: torch.Tensor, top_k: int, groups: Groups | None) -> torch.Tensor:
-    """``(T,)`` fp64: a change of scores below it leaves the choice as it is; inf where there is no choice.
+    """Returns ``(T,)`` in fp64: the choice stays as it is while no score changes by more than the margin.
 
-    Half the gap between the groups' sums of two counts as well: each of two scores may move.
+    It is infinite where there is no choice. With groups, the gap between two groups counts by half: a group's
+    score is a sum of two scores, and both may move.
     """
     ranking_TE = biased_TE.double()
     margin_T = ranking_TE.new_full((ranking_TE.shape[0],), torch.inf)

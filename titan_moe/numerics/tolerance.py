@@ -1,4 +1,4 @@
-"""What is still the same, by the dtype that forwards run in."""
+"""How far two runs may differ and still count as the same, by the dtype that their forwards run in."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,14 +6,16 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """All relative. "Later" steps start from other weights, so they are held to what grows in a few steps.
+    """The largest relative differences. Later steps start from other weights, so they have wider limits.
 
     Attributes:
-        first_loss, loss: of the first step's loss, and of later ones.
-        gradient: a gradient's difference, of its norm, at the first step; that of the total norm, too.
-        later_gradient: the same norms, at later steps.
-        module, later_module: the root mean square of a module's tokens' differences, of that of their norms.
-        token: one token's difference, in multiples of ``module``'s.
+        first_loss, loss: for the loss of the first step, and for those of later steps.
+        gradient: for the norm of a gradient's difference divided by the gradient's norm, at the first step;
+            also for the difference of the total gradient norm.
+        later_gradient: for the same at later steps.
+        module, later_module: for the RMS of the difference divided by the RMS of the value, over the tokens
+            of a module's output.
+        token: for the difference of a single token, in multiples of ``module``.
     """
 
     first_loss: float

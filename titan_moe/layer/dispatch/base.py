@@ -12,10 +12,10 @@ from titan_moe.layer.layout import TokenLayout
 
 
 class RowSource(NamedTuple):
-    """What rows were gathered from: row r is ``rows_TD[index_R[r]]``, and token t's rows are ``place_TK[t]``.
+    """What rows were gathered from: row r is ``rows_TD[index_R[r]]``; token t has the rows ``place_TK[t]``.
 
-    Kept for backward in place of the rows, and given their gradient, summed over K. present_TK: bool, which
-    places are any; None: all.
+    It is kept for backward in place of the rows. Backward adds the K row gradients of each token.
+    ``present_TK`` is bool, True where slot (t, k) has a row; None where every slot has one.
     """
 
     rows_TD: torch.Tensor
@@ -45,11 +45,11 @@ class Routing(NamedTuple):
     Attributes:
         topk_scores_TK: weights of the chosen experts, fp32 (fp64 when the gate ran in fp64).
         topk_expert_ids_TK: int64, K different ids in [0, E) per row; the column is the top-k slot.
-        num_tokens_per_expert_E: int64, this rank's own tokens per expert, masked picks left out.
-        present_TK: bool; where False the pick is masked (its id may be -1): it goes to no expert, adds
-            nothing to the output, and its score gets a zero gradient. None: every pick is there.
-        load_E: int64, the tokens per expert that count as load; None: all of them.
-        origin: for the check of a routing replay: where the ids come from. Dispatchers ignore it.
+        num_tokens_per_expert_E: int64, this rank's own tokens per expert; masked picks do not count.
+        present_TK: bool. Where it is False, the pick is masked and its id may be -1: the pick goes to no
+            expert, adds nothing to the output, and its score gets a zero gradient. None masks no pick.
+        load_E: int64, the tokens per expert that count as load; None where all of them do.
+        origin: says where the ids come from, for the check of a routing replay. Dispatchers ignore it.
     """
 
     topk_scores_TK: torch.Tensor
@@ -66,10 +66,10 @@ class Routing(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """What one rank hands to the network in one forward, the rows it sends to itself included.
+    """What one rank hands to the network in one forward, including the rows that it sends to itself.
 
-    Bytes are those of rows and of what travels with each of them (ids, scores), without the exchange of
-    counts. Backward sends the mirror of it, except where a dispatcher says otherwise.
+    The bytes are those of the rows and of what travels with each row (ids, scores). The exchange of counts is
+    not in them. Backward sends the same the other way round, except where a dispatcher says otherwise.
     """
 
     dispatch_rows: int = 0
@@ -82,12 +82,13 @@ M = TypeVar("M", bound=DispatchMetadata)
 
 
 class Dispatched(NamedTuple, Generic[M]):
-    """Rows for the local experts and the receipt for the way back.
+    """The rows for the local experts, and the receipt for the way back.
 
     Attributes:
-        x_RD: expert-major; inside an expert by source rank, then by local token; no padding rows.
-        num_tokens_per_local_expert_e: int64, sums to R.
-        metadata: immutable; ``combine`` needs nothing else and may run twice with the same bits.
+        x_RD: the rows, ordered by expert, then by source rank, then by local token; there is no padding row.
+        num_tokens_per_local_expert_e: int64, the rows of each expert; they sum to R.
+        metadata: the receipt. It is immutable; ``combine`` needs nothing else, and may run twice with the
+            same bits.
     """
 
     x_RD: torch.Tensor
@@ -97,7 +98,7 @@ class Dispatched(NamedTuple, Generic[M]):
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchLimits:
-    """What a backend may rely on for the whole run, computed once from the config, the same on every rank."""
+    """The sizes that a dispatcher may rely on for a whole run. They are the same on every rank."""
 
     num_experts: int  # E
     top_k: int  # K
@@ -149,39 +150,39 @@ class TokenDispatcher(Configurable, ABC, Generic[M]):
         self.limits: DispatchLimits | None = None
 
     def bind(self, ep_mesh: DeviceMesh | None, limits: DispatchLimits) -> None:
-        """Ties the dispatcher to its EP mesh (None: EP is off). Called once, before the first step.
+        """Ties the dispatcher to its EP mesh; None means that EP is off.
 
-        Which rank of the mesh owns which expert is said in ``ownership.py``.
+        It is called once, before the first step. ``ownership.py`` says which rank owns which expert.
         """
         self.ep_mesh, self.limits = ep_mesh, limits
 
     def unbind(self) -> None:
-        """Gives back what ``bind`` took. Collective; called once, before the process groups end."""
+        """Gives back what ``bind`` took. It is collective, and called once, before the process groups end."""
 
     @abstractmethod
     def dispatch(self, x_TD: torch.Tensor, routing: Routing, layout: TokenLayout) -> Dispatched[M]:
-        """Sends each token to its K experts. Collective over the EP mesh; T may be 0 on any rank."""
+        """Sends each token to its K experts. It is collective over the EP mesh; T may be 0 on any rank."""
 
     def combine(self, y_RD: torch.Tensor, metadata: M) -> torch.Tensor:
-        """``(T, D)``: the score-weighted sum of each token's K expert outputs, on its own rank.
+        """Returns ``(T, D)``: the score-weighted sum of each token's K expert outputs, on its own rank.
 
-        Multiplies and accumulates in fp32 (fp64 for fp64 rows) in top-k slot order and rounds once,
-        to the dtype of ``y_RD``. A variant that reduces before it sends rounds once more per rank, and
-        says so: its ``bitwise_equal_to`` is None.
+        It multiplies and accumulates in fp32 (fp64 for fp64 rows), in the order of the top-k slots, and
+        rounds once, to the dtype of ``y_RD``. A variant that sums before it sends rounds once more per rank
+        and says so: its ``bitwise_equal_to`` is None.
         """
         return self.finish_combine(self.start_combine(y_RD, metadata), metadata)
 
     @abstractmethod
     def start_combine(self, y_RD: torch.Tensor, metadata: M) -> Any:
-        """The first half of ``combine``: launches what it communicates and does not wait for it."""
+        """The first half of ``combine``: it launches the communication and does not wait for it."""
 
     @abstractmethod
     def finish_combine(self, in_flight: Any, metadata: M) -> torch.Tensor:
-        """The second half: waits for what ``start_combine`` returned, and sums."""
+        """The second half of ``combine``: it waits for what ``start_combine`` returned, and sums."""
 
     @abstractmethod
     def traffic(self, metadata: M, itemsize: int) -> Traffic:
-        """What a forward with this receipt sends. Host numbers, no sync.
+        """What a forward with this receipt sends, as numbers that the host knows without a sync.
 
         Args:
             itemsize: bytes per element of the rows.

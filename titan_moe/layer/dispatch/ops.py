@@ -40,7 +40,7 @@ class Slots(NamedTuple):
         return Slots(self.order_N, self.place_TK.view(-1, 1), present_N1)
 
     def source(self, rows_TD: torch.Tensor) -> RowSource:
-        """Of the rows that ``gather_rows`` makes."""
+        """What the rows that ``gather_rows`` makes were gathered from."""
         return RowSource(rows_TD, self.token_N, self.place_TK, self.present_TK)
 
 
@@ -52,7 +52,7 @@ def slots_by_key(
     Args:
         key_TK: integers; any value where a slot is not present.
         present_TK: bool: the slots that become rows; None: all T * K.
-        num_rows: how many they are, where the host knows; else asking costs a host sync.
+        num_rows: how many they are, where the host knows it; otherwise asking costs a host sync.
     """
     if present_TK is None:
         order_N = torch.argsort(key_TK.flatten(), stable=True)

@@ -25,7 +25,7 @@ class Outgoing(NamedTuple):
         copy_splits: M and U by rank.
         picks: the N picks as slots of the (T, K) grid, in the order of ``copies``.
         pick_splits: N and R by rank.
-        code_N: int64: twice the pick's expert on its rank, plus 1 where it is the first of its row.
+        code_N: int64: 2 * local expert id, plus 1 if it is the token's first pick on that rank.
         counts_e: rows of each local expert.
     """
 
