@@ -43,7 +43,7 @@ INSIDE: dict[str, tuple[set[str], ...]] = {
         {"train", "convert"},
         {"config"},
         {"metrics"},
-        {"checkpoint", "data", "device", "launch", "load_report"},
+        {"checkpoint", "console", "data", "device", "launch", "load_report"},
     ),
 }
 NOT_BACKENDS = {"base", "ops", "collectives", "uniform", "ownership"}

@@ -1,4 +1,4 @@
-"""The console line, metrics.jsonl over restarts, and the throughput number."""
+"""metrics.jsonl over restarts, and the throughput number."""
 
 import json
 import logging
@@ -10,44 +10,11 @@ from typing import Any
 import pytest
 from torchtitan.tools.logging import logger
 
-from titan_moe.trainer.metrics import MetricsProcessor, _without_console, console_line, keep_steps_before
-
-LOAD = {
-    "layers.1.moe": {"max_over_mean": 1.5, "cv": 0.2, "dead_experts": 0},
-    "layers.2.moe": {"max_over_mean": 3.25, "cv": 0.9, "dead_experts": 2},
-    "layers.3.moe": {"max_over_mean": 2.0, "cv": 0.4, "dead_experts": 1},
-}
+from titan_moe.trainer.metrics import MetricsProcessor, _without_console, keep_steps_before
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:
-    base = {"step": step, "loss": 7.5, "grad_norm": 1.25, "tokens_per_second": 12345.6, "load": LOAD}
-    return base | changes
-
-
-class TestConsoleLine:
-    def test_reads(self) -> None:
-        assert console_line(record(20)) == (
-            "step    20  loss  7.50000  grad_norm   1.2500     12,346 tok/s"
-            "  load max/mean 3.25 (layers.2.moe)  dead experts 3"
-        )
-
-    def test_without_moe_layers(self) -> None:
-        line = console_line(record(1, load={}))
-        assert line.endswith("tok/s")
-
-    def test_columns_stay_in_place(self) -> None:
-        """From the first step to the last, and when the loss is lost."""
-        lines = [
-            console_line(record(step, loss=loss, grad_norm=norm, tokens_per_second=speed))
-            for step, loss, norm, speed in [
-                (1, 12.5, 123.5, 3.0),
-                (99999, 0.00123, 0.5, 9876543.0),
-                (7, float("nan"), float("inf"), 0.0),
-            ]
-        ]
-        for word in ("loss", "grad_norm", "tok/s", "load"):
-            assert len({line.index(word) for line in lines}) == 1, lines
-        assert all("\n" not in line for line in lines)
+    return {"step": step, "loss": 7.5} | changes
 
 
 def write(file: Path, steps: list[int], torn: str = "") -> None:
@@ -151,6 +118,15 @@ def test_tokens_per_second_counts_all_data_ranks(
     processor.time_last_log, processor.ntokens_since_last_log = 100.0, 600
     monkeypatch.setattr(time, "perf_counter", lambda: 103.0)
     assert processor._tokens_per_second() == 200.0 * replicas
+
+
+def test_seconds_left_at_the_speed_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor: Any = MetricsProcessor.__new__(MetricsProcessor)
+    processor.steps, processor.last_step, processor.time_last_log = 40, None, 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: 110.0)
+    assert processor._seconds_left(5) is None, "nothing to go by"
+    assert processor._seconds_left(10) == 10.0 / 5 * 30
+    assert processor._seconds_left(40) == 0.0
 
 
 def test_upstreams_line_is_silent_and_ours_is_not(caplog: pytest.LogCaptureFixture) -> None:

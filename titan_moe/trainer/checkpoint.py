@@ -36,6 +36,13 @@ class CheckpointManager(upstream.CheckpointManager):
 
         verify: bool = True  # read a local checkpoint once more before loading it, and check its CRCs
 
+        def __post_init__(self) -> None:
+            # torchtitan warns that initial_load_model_only has no effect where it is the default.
+            given = self.initial_load_model_only
+            self.initial_load_model_only = given and bool(self.initial_load_path or self.initial_load_in_hf)
+            upstream.CheckpointManager.Config.__post_init__(self)
+            self.initial_load_model_only = given
+
     def __init__(self, config: Config, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self.verify = config.verify

@@ -7,6 +7,7 @@ is not called. Two more CPU facts live where their code is: FSDP's reduction
 
 import functools
 import inspect
+import math
 import os
 import platform
 import resource
@@ -120,6 +121,8 @@ def _become_cpu() -> None:
             vars(loaded)["device_type"] = "cpu"
         if getattr(loaded, "device_module", None) is stale_module:
             vars(loaded)["device_module"] = cpu_module
+    # tools/utils.py, get_peak_flops: takes a CPU for an A100, after it looked for lspci. MFU is 0 then.
+    utils.get_peak_flops = lambda device_name: math.inf
     # distributed/utils.py, clip_grad_norm_: takes the norm from here.
     torch.nn.utils.get_total_norm = _total_norm
 

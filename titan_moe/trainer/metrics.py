@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torchtitan.components import metrics as upstream
 from torchtitan.tools.logging import logger
 
+from titan_moe.trainer.console import Summary, step_line
 from titan_moe.trainer.load_report import load_report, traffic_report
 
 
@@ -20,8 +21,21 @@ class MetricsProcessor(upstream.MetricsProcessor):
     class Config(upstream.MetricsProcessor.Config):
         """torchtitan 0.3.0's fields."""
 
-    def __init__(self, config: Config, *, dump_folder: str, pp_schedule: str = "1F1B", **kwargs: Any) -> None:
-        super().__init__(config, dump_folder=dump_folder, pp_schedule=pp_schedule, **kwargs)
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dump_folder: str,
+        config_dict: dict[str, Any],
+        pp_schedule: str = "1F1B",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            config, dump_folder=dump_folder, config_dict=config_dict, pp_schedule=pp_schedule, **kwargs
+        )
+        self.steps: int = config_dict["training"]["steps"]
+        self.last_step: int | None = None  # the one that was logged before
+        self.summary = Summary()
         self.writes = dist.get_rank() == 0
         # In a schedule that goes down and up again, the last stage is the first rank's.
         folded = pp_schedule.lower() in ("zbvzerobubble", "dualpipev")
@@ -44,6 +58,8 @@ class MetricsProcessor(upstream.MetricsProcessor):
             "loss": global_avg_loss,
             "grad_norm": grad_norm,
             "tokens_per_second": self._tokens_per_second(),
+            # Since the step that was logged before; on a CPU, since the process began.
+            "peak_memory_gib": self.device_memory_monitor.get_peak_stats().max_active_gib,
             "lr": {
                 key.removeprefix("lr/"): value
                 for key, value in (extra_metrics or {}).items()
@@ -52,11 +68,13 @@ class MetricsProcessor(upstream.MetricsProcessor):
             "load": self._expert_load(),
             "traffic": self._traffic(),
         }
+        seconds_left = self._seconds_left(step)
         with _without_console():  # its own line reports MFU per device, which says nothing about MoE
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         if self.writes:
             self._write(record)
-            logger.info(console_line(record))
+            self.summary.records.append(record)
+            logger.info(step_line(record, steps=self.steps, seconds_left=seconds_left))
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         """As torchtitan, with the last pipeline stage's loss on every rank. Collective."""
@@ -64,6 +82,13 @@ class MetricsProcessor(upstream.MetricsProcessor):
 
     def _of_last_stage(self, loss: Any) -> Any:
         return self._of_all_stages(loss)[self.last_stage]
+
+    def _seconds_left(self, step: int) -> float | None:
+        """At the speed of the steps since the last line; the first line has nothing to go by."""
+        before, self.last_step = self.last_step, step
+        if before is None or before >= step:
+            return None
+        return (time.perf_counter() - self.time_last_log) / (step - before) * (self.steps - step)
 
     def _tokens_per_second(self) -> float:
         """Over all data-parallel ranks, which hold equally many tokens."""
@@ -95,19 +120,6 @@ class MetricsProcessor(upstream.MetricsProcessor):
             self.file_is_ours = True
         with self.file.open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def console_line(record: dict[str, Any]) -> str:
-    """``record`` for a person: the worst layer stands for the load."""
-    line = (
-        f"step {record['step']:>5}  loss {record['loss']:8.5f}  grad_norm {record['grad_norm']:8.4f}  "
-        f"{record['tokens_per_second']:>9,.0f} tok/s"
-    )
-    if record["load"]:
-        worst, stats = max(record["load"].items(), key=lambda item: item[1]["max_over_mean"])
-        dead = sum(stats["dead_experts"] for stats in record["load"].values())
-        line += f"  load max/mean {stats['max_over_mean']:.2f} ({worst})  dead experts {dead}"
-    return line
 
 
 def keep_steps_before(file: Path, step: int) -> None:

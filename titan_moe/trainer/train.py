@@ -190,7 +190,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Under PP torchtitan asks for the console of the last stage; here rank 0 shows its loss (metrics.py).
     os.environ["LOG_RANK"] = ",".join(map(str, range(int(os.environ.get("WORLD_SIZE", "1")))))
     run(Trainer.Config.of(job))
-    logger.info(f"metrics: {Path(job.trainer.dump_folder) / 'metrics.jsonl'}")
 
 
 def run(config: Trainer.Config) -> None:
@@ -201,10 +200,20 @@ def run(config: Trainer.Config) -> None:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
             trainer.train()
+            _summarize(trainer)
     finally:
         trainer.close()
     unbind(trainer.model_parts)  # not after an error: it waits for all ranks
     dist.destroy_process_group()
+
+
+def _summarize(trainer: Trainer) -> None:
+    """What became of the run, on rank 0's console."""
+    metrics = cast(MetricsProcessor, trainer.metrics_processor)
+    checkpointer = cast(CheckpointManager, trainer.checkpointer)
+    saved = Path(checkpointer.folder) if checkpointer.enable else None
+    for line in metrics.summary.lines(Path(trainer.config.dump_folder), saved):
+        logger.info(line)
 
 
 def _as(config_class: type, config: Any, **changes: Any) -> Any:
