@@ -1,6 +1,11 @@
 """The registry's variants: a short name for each, and the flags that choose it."""
 
+from dataclasses import dataclass
+
+import pytest
+
 from titan_moe.layer import dispatch
+from titan_moe.layer.dispatch.all_to_all import AllToAllDispatcher
 from titan_moe.trainer.config import load
 
 CONFIG = "train_configs/debug_fsdp_tp_ep.toml"
@@ -19,3 +24,22 @@ def test_its_flags_choose_it() -> None:
             moe = load([CONFIG, *variant.flags], world_size=4).resolved["moe"]
             assert moe["dispatcher"] == variant.dispatcher
             assert {key: moe[variant.dispatcher][key] for key in variant.options} == variant.options
+
+
+class _Chunked(AllToAllDispatcher):
+    """Its variants have different options, as in docs/add_a_dispatcher.md."""
+
+    variants = ({"chunk_rows": 64}, {})
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(AllToAllDispatcher.Config):
+        chunk_rows: int = 1024
+
+
+def test_variants_may_leave_options_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch.DISPATCHERS, "chunked", f"{__name__}:_Chunked")
+    assert dispatch.variants()["chunked 64"].flags == [
+        "--moe.dispatcher=chunked",
+        "--moe.chunked.chunk_rows=64",
+    ]
+    assert dispatch.variants()["chunked"].flags == ["--moe.dispatcher=chunked"]

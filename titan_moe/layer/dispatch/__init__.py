@@ -55,7 +55,9 @@ def variants() -> dict[str, Variant]:
     for name in DISPATCHERS:
         cls: Any = load(name)
         for options in cls.variants:
-            differing = [v for key, v in options.items() if any(o[key] != v for o in cls.variants)]
+            differing = [
+                v for key, v in options.items() if any(other.get(key) != v for other in cls.variants)
+            ]
             built = cls.Config(num_experts=2, top_k=1, **options).build()
             found[" ".join([name, *map(str, differing)])] = Variant(
                 name, options, cls.serves_ep, built.bitwise_equal_to == "local"
