@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `tests.oracle`, `tests.ranks` from any directory
 
-import titan_moe  # noqa: F401, I001  (before torchtitan: it sets the device type that others read at import)
+import titan_moe.trainer  # noqa: F401, I001  (before torchtitan: it sets the device type that others read)
 import pytest
 import torch
 import torch.distributed as dist

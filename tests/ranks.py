@@ -374,7 +374,7 @@ def _work() -> None:
     stack_file = open(f"{folder}/{rank}.stack", "w")
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     torch.set_num_threads(1)
-    import titan_moe  # noqa: F401  (sets the device type, which torchtitan reads at import)
+    import titan_moe.trainer  # noqa: F401  (sets the device type, which torchtitan reads at import)
 
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", rendezvous, timeout=_GROUP_TIMEOUT, rank=rank, world_size=world_size)

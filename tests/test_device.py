@@ -1,4 +1,4 @@
-"""What `import titan_moe` does to torchtitan on a machine without an accelerator, and only there."""
+"""What `import titan_moe.trainer` does to torchtitan on a machine without an accelerator, and only there."""
 
 import datetime
 import importlib
@@ -242,7 +242,7 @@ from torchtitan.tools import utils
 assert utils.device_type == "cuda", utils.device_type
 stale = [n for n, m in sys.modules.items() if n.startswith("torchtitan.") and hasattr(m, "device_type")]
 assert len(stale) > 3, stale
-import titan_moe.layer.moe
+import titan_moe.layer.moe, titan_moe.trainer
 wrong = [n for n in stale if sys.modules[n].device_type != "cpu"]
 assert not wrong, wrong
 modules = {id(m.device_module) for n, m in sys.modules.items()
@@ -264,7 +264,7 @@ import warnings
 warnings.simplefilter("error")
 import torch
 torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: False  # a CPU without AVX-512
-import titan_moe
+import titan_moe.trainer
 torch.manual_seed(0)
 torch.set_num_threads(1)
 aten = torch.ops.aten
@@ -355,7 +355,7 @@ class TestBf16Matmuls:
 
 
 KERNELS = """
-import titan_moe, torch
+import titan_moe.trainer, torch
 x = torch.ones(616, 16, dtype=torch.bfloat16)
 for turn in range(2):
     for rows in range(17, 617):

@@ -23,6 +23,7 @@ from torchtitan.models.common import moe as upstream
 from torchtitan.models.common.decoder_sharding import dense_sequence_parallel_placement
 from torchtitan.tools.utils import device_type
 
+import titan_moe.trainer  # noqa: F401  (fills torchtitan's gaps on a CPU)
 from titan_moe.layer.dispatch.base import DispatchLimits, DispatchMetadata, Routing
 from titan_moe.layer.moe import MoE
 from titan_moe.models.swap import swap_layer

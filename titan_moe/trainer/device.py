@@ -1,8 +1,8 @@
 """torchtitan 0.3.0 on a machine without an accelerator: each gap filled once, here.
 
-``import titan_moe`` calls ``fill_gaps`` before any torchtitan module loads. On CUDA the CPU part
-is not called. Two more CPU facts live where their code is: FSDP's reduction
-(parallelize.py) and attention (models/attention.py).
+Importing ``titan_moe.trainer`` calls ``fill_gaps``. Train, plan, bench and the override import it; the layer
+alone does not. On CUDA the part for CPUs is not called. Two more CPU facts live where their code is: FSDP's
+reduction (parallel/parallelize.py) and attention (models/attention.py).
 """
 
 import functools
@@ -29,6 +29,9 @@ _KERNELS = torch.library.Library("aten", "IMPL")  # ours live as long as this ob
 # a rank of 30 steps of debug_local.toml peaked at 5.1 GB; with 512 at 3.7, as fast; with 256 at 3.0, but then
 # a layer of 64 experts took twice as long.
 ONEDNN_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}
+
+
+OURS_AND_THEIRS = ("torchtitan.", "titan_moe.")
 
 
 def fill_gaps() -> None:
@@ -116,7 +119,7 @@ def _become_cpu() -> None:
     # tools/utils.py, get_device_info: falls back to "cuda" when torch finds no accelerator.
     stale_module, cpu_module = utils.device_module, _cpu_device_module()
     # metrics.py, parallel_dims.py and others import these names by value.
-    for loaded in [module for name, module in sys.modules.items() if name.startswith("torchtitan.")]:
+    for loaded in [module for name, module in sys.modules.items() if name.startswith(OURS_AND_THEIRS)]:
         if getattr(loaded, "device_type", None) == "cuda":
             vars(loaded)["device_type"] = "cpu"
         if getattr(loaded, "device_module", None) is stale_module:

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed import ParallelDims
 from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.utils import device_type
 from torchtitan.trainer import Trainer as TorchtitanTrainer
 
 from titan_moe.numerics.capture import Capture, forget_capture
@@ -189,6 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     # Under PP torchtitan asks for the console of the last stage; here rank 0 shows its loss (metrics.py).
     os.environ["LOG_RANK"] = ",".join(map(str, range(int(os.environ.get("WORLD_SIZE", "1")))))
+    if device_type == "cpu":
+        logger.info("no accelerator: torchtitan's gaps on a CPU are filled (titan_moe/trainer/device.py)")
     run(Trainer.Config.of(job))
 
 
