@@ -246,7 +246,7 @@ def test_the_page_shows_real_errors_and_every_default_of_ours(
     page = (ROOT / "docs" / "config.md").read_text()
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("NGPU", "4")
-    examples = re.findall(r"^\$ python -m titan_moe\.config (.*)\n(titan_moe: .*)$", page, flags=re.MULTILINE)
+    examples = re.findall(r"^\$ python -m titan_moe config (.*)\n(titan_moe: .*)$", page, flags=re.MULTILINE)
     assert len(examples) == 10
     for command, output in examples:
         assert main(shlex.split(command)) == 2

@@ -168,7 +168,8 @@ class Corpus:
     def order(self, *, seed: int, epoch: int) -> list[int]:
         """Returns every document index once, shuffled as a pure function of ``(seed, epoch)``."""
         # random() is the one method whose sequence Python promises to keep for a seed; shuffle() is not.
-        generator = random.Random(f"titan_moe.trainer.data:{seed}:{epoch}")
+        # A key, no import: another name would silently change the order of every resumed run.
+        generator = random.Random(f"titan_moe.data:{seed}:{epoch}")
         keys = [generator.random() for _ in range(len(self))]
         return sorted(range(len(self)), key=keys.__getitem__)
 
