@@ -295,7 +295,11 @@ class TestTracesThatDoNotFit:
 
     @pytest.mark.slow
     def test_a_resumed_recording_goes_on(self, folder: Path) -> None:
-        record = ("--routing_replay.mode=record", f"--routing_replay.path={folder / 'resumed-trace'}")
+        record = (
+            "--checkpoint.enable",
+            "--routing_replay.mode=record",
+            f"--routing_replay.path={folder / 'resumed-trace'}",
+        )
         for steps in (1, 2):
             _run(folder, "resumed", 1, *record, "--training.local_batch_size=6", f"--training.steps={steps}")
         manifest = json.loads((folder / "resumed-trace" / "manifest.json").read_text())
