@@ -158,7 +158,7 @@ def moe(
         shared_w1_FD: First weight of a SwiGLU that every token visits (its F is its own), or None.
         shared_w2_DF: Its down projection.
         shared_w3_FD: Its up projection.
-        ids_TK: ReplaySession to follow instead of choosing; the scores are still this router's.
+        ids_TK: Routes to follow instead of choosing; the scores are still this router's.
     """
     x_TD = x_BLD.reshape(-1, gate_ED.shape[1])
     topk_ids_TK, topk_scores_TK = route(

@@ -21,6 +21,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
+from torchtitan.components import checkpointer as upstream
+from torchtitan.tools.logging import logger
 
 from tests.ranks import RankContext, RankError, run_ranks
 from tests.training import NUM_LAYERS, train
@@ -560,3 +562,20 @@ class TestDamage:
         said = str(refused.value)
         assert f"{file}: damaged between bytes" in said
         assert all(f"rank {rank} of 4: CheckpointError" in said for rank in range(4))
+
+
+@pytest.mark.parametrize(("path", "keeps"), [("", True), ("/weights", True), ("/weights", False)])
+def test_a_default_that_nobody_set_is_no_warning(
+    path: str, keeps: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The control: torchtitan's own config warns, and ours keeps the value."""
+    chosen = {"enable": True, "initial_load_path": path or None, "initial_load_model_only": keeps}
+    logger.addHandler(caplog.handler)
+    try:
+        config = CheckpointManager.Config(**chosen)
+        assert "has no effect" not in caplog.text
+        upstream.CheckpointManager.Config(**chosen)
+        assert ("has no effect" in caplog.text) == (keeps and not path)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert config.initial_load_model_only == keeps

@@ -46,6 +46,13 @@ class TestStepLine:
         assert all("\n" not in line for line in lines)
 
 
+def summary(*records: dict[str, Any]) -> Summary:
+    found = Summary()
+    for each in records:
+        found.add(each)
+    return found
+
+
 class TestSummary:
     def test_reads(self) -> None:
         heavier = LOAD | {"layers.3.moe": {"max_over_mean": 4.0, "cv": 0.4, "dead_experts": 1}}
@@ -54,7 +61,7 @@ class TestSummary:
             record(2, tokens_per_second=300.0, load=heavier, peak_memory_gib=2.0),
             record(3, loss=7.25, tokens_per_second=200.0),
         ]
-        assert Summary(records=records).lines(Path("out"), Path("out/checkpoint")) == [
+        assert summary(*records).lines(Path("out"), Path("out/checkpoint")) == [
             "loss        8.00000 at step 1, 7.25000 at step 3",
             "speed       300 tokens per second, the median of the logged steps",
             "load        max/mean 4.00 at worst, in layers.3.moe at step 2",
@@ -63,7 +70,7 @@ class TestSummary:
         ]
 
     def test_one_step_without_moe_layers_or_checkpoints(self) -> None:
-        lines = Summary(records=[record(1, load={})]).lines(Path("out"), None)
+        lines = summary(record(1, load={})).lines(Path("out"), None)
         assert lines[1].startswith("speed       12,346 ")
         assert lines[2] == "load        no MoE layers of ours"
         assert lines[4].endswith("checkpoints: none")

@@ -242,7 +242,11 @@ from torchtitan.tools import utils
 assert utils.device_type == "cuda", utils.device_type
 stale = [n for n, m in sys.modules.items() if n.startswith("torchtitan.") and hasattr(m, "device_type")]
 assert len(stale) > 3, stale
-import titan_moe.layer.moe, titan_moe.trainer
+import titan_moe.parallel.parallelize
+assert titan_moe.parallel.parallelize.device_type == "cuda", "the layer alone changes nothing"
+import titan_moe.trainer
+assert titan_moe.parallel.parallelize.device_type == "cpu", "imported by value, before"
+assert utils.get_peak_flops("EPYC") == float("inf"), "no A100"
 wrong = [n for n in stale if sys.modules[n].device_type != "cpu"]
 assert not wrong, wrong
 modules = {id(m.device_module) for n, m in sys.modules.items()

@@ -146,8 +146,7 @@ def draws_on_meta(argv: list[str], world_size: int, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch, fake_world(world_size):
         patch.setattr(initialization._ByName, "_fill", note)
         # It does nothing on meta; where there are numbers, its first draw is this one.
-        first_draw = lambda tensor, mean, std, *_, **__: tensor.normal_(mean, std)  # noqa: E731
-        patch.setattr(nn.init, "_no_grad_trunc_normal_", first_draw)
+        patch.setattr(nn.init, "_no_grad_trunc_normal_", lambda t, mean, std, *_, **__: t.normal_(mean, std))
         config: Any = load(argv, world_size=world_size).trainer
         config.model_spec.model.layers = config.model_spec.model.layers[:5]
         model = Rehearsal(config, world_size).model.to_empty(device="meta")

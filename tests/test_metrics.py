@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from torchtitan.tools.logging import logger
 
+from titan_moe.trainer.console import Summary
 from titan_moe.trainer.metrics import MetricsProcessor, _without_console, keep_steps_before
 
 
@@ -122,11 +123,13 @@ def test_tokens_per_second_counts_all_data_ranks(
 
 def test_seconds_left_at_the_speed_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     processor: Any = MetricsProcessor.__new__(MetricsProcessor)
-    processor.steps, processor.last_step, processor.time_last_log = 40, None, 100.0
+    processor.steps, processor.summary, processor.time_last_log = 40, Summary(), 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: 110.0)
     assert processor._seconds_left(5) is None, "nothing to go by"
+    processor.summary.last = {"step": 5}
     assert processor._seconds_left(10) == 10.0 / 5 * 30
     assert processor._seconds_left(40) == 0.0
+    assert processor._seconds_left(5) is None, "no step since"
 
 
 def test_upstreams_line_is_silent_and_ours_is_not(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,6 @@
 """titan_moe: the Mixture-of-Experts component for TorchTitan, right on every mesh and every shape.
 
-Importing the package imports nothing else and changes nothing in torch. What a name below stands for is
+Importing the package does not import torch and changes nothing in it. What a name below stands for is
 imported when the name is used.
 """
 

@@ -51,7 +51,7 @@ OVER_RANKS: dict[str, Build] = {
     **{
         name: partial(ours, dispatcher=variant.dispatcher, **variant.options)
         for name, variant in dispatch.variants().items()
-        if variant.serves_ep
+        if variant.build().serves_ep
     },
 }
 

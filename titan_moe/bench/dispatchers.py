@@ -21,25 +21,17 @@ EP_SIZES = (2, 4, 8, 16, 32, 64)
 def facts() -> Iterator[Sequence[str]]:
     """A line per dispatcher and variant, read from its class."""
     yield "dispatcher", "moves", "host sync", "has the bits of", "needs", "choose it"
-    for name in dispatch.DISPATCHERS:
-        cls = dispatch.load(name)
-        for variant in cls.variants:
-            built = cls.Config(num_experts=2, top_k=1, **variant).build()
-            options = ", ".join(f"{key} = {value}" for key, value in variant.items())
-            sync = "one, in dispatch" if cls.needs_host_sync else "none"
-            bits = f"`{built.bitwise_equal_to}`" if built.bitwise_equal_to else "-"
-            yield (
-                f"`{name}`{' ' * bool(options)}{options}",
-                built.moves,
-                sync,
-                bits,
-                built.needs,
-                built.choose,
-            )
+    for variant in dispatch.variants().values():
+        built = variant.build()
+        options = ", ".join(f"{key} = {value}" for key, value in variant.options.items())
+        sync = "one, in dispatch" if built.needs_host_sync else "none"
+        bits = f"`{built.bitwise_equal_to}`" if built.bitwise_equal_to else "-"
+        name = f"`{variant.dispatcher}`{' ' * bool(options)}{options}"
+        yield name, built.moves, sync, bits, built.needs, built.choose
 
 
 def closed_form() -> Iterator[Sequence[str]]:
-    """Rows of one per rank, as a part of K, by EP size."""
+    """Rows that a token sends if it sends one per rank, as a fraction of K, by EP size."""
     yield "uniform routing, rows / K", *(f"EP {ep}" for ep in EP_SIZES)
     for title, (num_experts, top_k, groups, limited) in MODELS.items():
         rows = [
@@ -50,7 +42,7 @@ def closed_form() -> Iterator[Sequence[str]]:
 
 
 def markdown(lines: Iterator[Sequence[str]]) -> str:
-    """A table, its first line the heads."""
+    """Returns a markdown table; the first line has the heads."""
     head, *body = lines
     rows = [head, ["---"] * len(head), *body]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -31,8 +31,12 @@ WITH_EP = {
 }
 # Every mesh of WITH_EP runs each dispatcher that serves EP in its first variant, the others run on MAIN.
 MAIN, REFERENCE = "FSDP2 x TP2 x EP2", "all_to_all"
-DISPATCHERS = {name: variant for name, variant in dispatch.variants().items() if variant.serves_ep}
-FIRST = list({variant.dispatcher: name for name, variant in reversed(DISPATCHERS.items())}.values())[::-1]
+DISPATCHERS = {name: variant for name, variant in dispatch.variants().items() if variant.build().serves_ep}
+FIRST = [
+    name
+    for name, variant in DISPATCHERS.items()
+    if variant.options == dispatch.load(variant.dispatcher).variants[0]
+]
 OTHERS = [name for name in DISPATCHERS if name not in FIRST]
 PRECISION = {"fp32": "--training.mixed_precision_param=float32", "bf16": ""}
 STEPS, STEPS_OF_SHAPES = 5, 20
@@ -143,7 +147,7 @@ def _shape_cells(runs: Runs, line: Shape, beyond: list[str]) -> Iterator[str]:
         yield _cell(found)
     said = []
     for name in DISPATCHERS if line.dispatcher == REFERENCE else ():
-        if name != REFERENCE and DISPATCHERS[name].has_locals_bits:
+        if name != REFERENCE and DISPATCHERS[name].build().bitwise_equal_to == "local":
             same = compare(free, run(name, MAIN, name))
             beyond += [] if same.bitwise else [f"{shape} {name} against {REFERENCE}: {same.verdict}"]
             said.append(f"{name}: {'yes' if same.bitwise else 'no'}")

@@ -1,1 +1,1 @@
-"""ReplaySession that are recorded, replayed and pinned, addressed by key. docs/replay.md."""
+"""Routes that are recorded, replayed and pinned; ids are found by key. docs/replay.md."""

@@ -15,7 +15,7 @@ _DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class ReplayDataError(ValueError):
-    """ReplaySession that cannot be replayed; one line that names sample, layer and token."""
+    """Routes that cannot be replayed; the message is one line that names sample, layer and token."""
 
 
 class LayerShape(NamedTuple):

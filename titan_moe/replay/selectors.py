@@ -155,7 +155,7 @@ class ReplaySession:
             self._microbatch = before
 
     def choose(self, selector: ReplaySelector, query: Query) -> Selection:
-        """A forward's selection."""
+        """Selects the experts of one router call: installed ids if there are some, else the router's own."""
         if is_recomputing():
             raise RuntimeError(
                 f"{selector.layer}: a recomputation outside of a region would route live; checkpoint with "

@@ -43,7 +43,7 @@ class Header:
 
     @staticmethod
     def layers_of(shapes: Iterable[LayerShape]) -> dict[str, list[int]]:
-        """``layers`` of these selectors."""
+        """Records the selections of those ``selectors`` whose layer is in ``layers``."""
         return {shape.name: [shape.num_experts, shape.top_k] for shape in shapes}
 
 

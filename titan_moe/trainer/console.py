@@ -1,6 +1,6 @@
 """What a person reads of a run: a line per logged step, and a summary at the end."""
 
-from dataclasses import dataclass, field
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,28 @@ def step_line(record: dict[str, Any], *, steps: int, seconds_left: float | None 
     return line
 
 
-@dataclass(kw_only=True)
 class Summary:
-    """The logged steps of a run in a few lines."""
+    """The logged steps of a run in a few lines. It keeps a number per step and the records it may name."""
 
-    records: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.first: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
+        self.heaviest: dict[str, Any] = {}  # the record with the worst load
+        self.speeds: list[float] = []
+        self.peak_memory_gib = 0.0
+
+    @property
+    def last_step(self) -> int | None:
+        """The step that was logged last; None before the first one."""
+        return self.last.get("step")
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Takes a line of metrics.jsonl."""
+        self.first, self.last = self.first or record, record
+        self.speeds.append(record["tokens_per_second"])
+        self.peak_memory_gib = max(self.peak_memory_gib, record["peak_memory_gib"])
+        if record["load"] and _max_over_mean(record) > _max_over_mean(self.heaviest):
+            self.heaviest = record
 
     def lines(self, dump_folder: Path, checkpoints: Path | None) -> list[str]:
         """Five lines; none where no step was logged.
@@ -38,25 +55,27 @@ class Summary:
         Args:
             checkpoints: the folder that they are in; None where the run saved none.
         """
-        if not self.records:
+        if not self.first:
             return []
-        first, last = self.records[0], self.records[-1]
-        memory = max(record["peak_memory_gib"] for record in self.records)
-        # The first step compiles and allocates: it says little about the speed.
-        speeds = sorted(record["tokens_per_second"] for record in self.records[1:] or self.records)
-        loads = [(*_worst_load(record), record["step"]) for record in self.records if record["load"]]
         load = "no MoE layers of ours"
-        if loads:
-            layer, stats, step = max(loads, key=lambda load: load[1]["max_over_mean"])
+        if self.heaviest:
+            layer, stats = _worst_load(self.heaviest)
+            step = self.heaviest["step"]
             load = f"max/mean {stats['max_over_mean']:.2f} at worst, in {layer} at step {step}"
+        # The first step compiles and allocates, and says little about the speed.
+        speed = statistics.median_high(self.speeds[1:] or self.speeds)
         return [
-            f"loss        {first['loss']:.5f} at step {first['step']}, "
-            f"{last['loss']:.5f} at step {last['step']}",
-            f"speed       {speeds[len(speeds) // 2]:,.0f} tokens per second, the median of the logged steps",
+            f"loss        {self.first['loss']:.5f} at step {self.first['step']}, "
+            f"{self.last['loss']:.5f} at step {self.last['step']}",
+            f"speed       {speed:,.0f} tokens per second, the median of the logged steps",
             f"load        {load}",
-            f"memory      {memory:.2f} GiB at most, on rank 0",
+            f"memory      {self.peak_memory_gib:.2f} GiB at most, on rank 0",
             f"files       {dump_folder}: metrics.jsonl, resolved.toml; checkpoints: {checkpoints or 'none'}",
         ]
+
+
+def _max_over_mean(record: dict[str, Any]) -> float:
+    return _worst_load(record)[1]["max_over_mean"] if record else 0.0
 
 
 def _worst_load(record: dict[str, Any]) -> tuple[str, dict[str, float]]:

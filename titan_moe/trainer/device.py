@@ -31,9 +31,6 @@ _KERNELS = torch.library.Library("aten", "IMPL")  # ours live as long as this ob
 ONEDNN_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}
 
 
-OURS_AND_THEIRS = ("torchtitan.", "titan_moe.")
-
-
 def fill_gaps() -> None:
     """Fills what torchtitan 0.3.0 misses in this torch and on this device. Safe to call twice."""
     if not hasattr(dist, "set_timeout"):
@@ -114,12 +111,14 @@ def _become_cpu() -> None:
         return
     if not multiplies_bf16():
         _multiply_bf16_as_fp32()
-    for name, number in ONEDNN_KERNELS.items():
-        os.environ.setdefault(name, number)
+    for variable, number in ONEDNN_KERNELS.items():
+        os.environ.setdefault(variable, number)
     # tools/utils.py, get_device_info: falls back to "cuda" when torch finds no accelerator.
     stale_module, cpu_module = utils.device_module, _cpu_device_module()
     # metrics.py, parallel_dims.py and others import these names by value.
-    for loaded in [module for name, module in sys.modules.items() if name.startswith(OURS_AND_THEIRS)]:
+    for loaded in [
+        module for name, module in sys.modules.items() if name.startswith(("torchtitan.", "titan_moe."))
+    ]:
         if getattr(loaded, "device_type", None) == "cuda":
             vars(loaded)["device_type"] = "cpu"
         if getattr(loaded, "device_module", None) is stale_module:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torchtitan.components import metrics as upstream
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from titan_moe.trainer.console import Summary, step_line
@@ -34,7 +35,6 @@ class MetricsProcessor(upstream.MetricsProcessor):
             config, dump_folder=dump_folder, config_dict=config_dict, pp_schedule=pp_schedule, **kwargs
         )
         self.steps: int = config_dict["training"]["steps"]
-        self.last_step: int | None = None  # the one that was logged before
         self.summary = Summary()
         self.writes = dist.get_rank() == 0
         # In a schedule that goes down and up again, the last stage is the first rank's.
@@ -59,7 +59,7 @@ class MetricsProcessor(upstream.MetricsProcessor):
             "grad_norm": grad_norm,
             "tokens_per_second": self._tokens_per_second(),
             # Since the step that was logged before; on a CPU, since the process began.
-            "peak_memory_gib": self.device_memory_monitor.get_peak_stats().max_active_gib,
+            "peak_memory_gib": self._peak_memory_gib(),
             "lr": {
                 key.removeprefix("lr/"): value
                 for key, value in (extra_metrics or {}).items()
@@ -73,7 +73,7 @@ class MetricsProcessor(upstream.MetricsProcessor):
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         if self.writes:
             self._write(record)
-            self.summary.records.append(record)
+            self.summary.add(record)
             logger.info(step_line(record, steps=self.steps, seconds_left=seconds_left))
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
@@ -83,9 +83,14 @@ class MetricsProcessor(upstream.MetricsProcessor):
     def _of_last_stage(self, loss: Any) -> Any:
         return self._of_all_stages(loss)[self.last_stage]
 
+    def _peak_memory_gib(self) -> float:
+        # Not by the monitor: it would warn of retried allocations a second time.
+        stats = utils.device_module.memory_stats(self.device_memory_monitor.device)
+        return stats["active_bytes.all.peak"] / 2**30
+
     def _seconds_left(self, step: int) -> float | None:
         """At the speed of the steps since the last line; the first line has nothing to go by."""
-        before, self.last_step = self.last_step, step
+        before = self.summary.last_step
         if before is None or before >= step:
             return None
         return (time.perf_counter() - self.time_last_log) / (step - before) * (self.steps - step)

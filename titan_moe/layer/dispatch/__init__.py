@@ -27,39 +27,32 @@ def load(name: str) -> type:
 
 
 class Variant(NamedTuple):
-    """A registered dispatcher with some of its options set.
-
-    Attributes:
-        serves_ep: whether it can be bound to a mesh of several ranks.
-        has_locals_bits: whether its outputs carry the bits of the ``local`` dispatcher.
-    """
+    """A registered dispatcher with some of its options set."""
 
     dispatcher: str
     options: dict[str, Any]
-    serves_ep: bool
-    has_locals_bits: bool
 
     @property
     def flags(self) -> list[str]:
-        """What chooses it on train's command line."""
+        """The flags that choose it on train's command line."""
         options = [f"--moe.{self.dispatcher}.{key}={value}" for key, value in self.options.items()]
         return [f"--moe.dispatcher={self.dispatcher}", *options]
+
+    def build(self) -> Any:
+        """An unbound dispatcher for 2 experts, to read facts from: ``serves_ep``, ``bitwise_equal_to``."""
+        cls: Any = load(self.dispatcher)
+        return cls.Config(num_experts=2, top_k=1, **self.options).build()
 
 
 def variants() -> dict[str, Variant]:
     """Every registered dispatcher in each of its variants, by a short name such as ``deepep per_slot``.
 
-    The name says only those options in which the variants of a dispatcher differ.
+    The name has only those options in which the variants of the dispatcher differ.
     """
     found = {}
     for name in DISPATCHERS:
         cls: Any = load(name)
         for options in cls.variants:
-            differing = [
-                v for key, v in options.items() if any(other.get(key) != v for other in cls.variants)
-            ]
-            built = cls.Config(num_experts=2, top_k=1, **options).build()
-            found[" ".join([name, *map(str, differing)])] = Variant(
-                name, options, cls.serves_ep, built.bitwise_equal_to == "local"
-            )
+            differing = [v for k, v in options.items() if any(o.get(k) != v for o in cls.variants)]
+            found[" ".join([name, *map(str, differing)])] = Variant(name, options)
     return found
